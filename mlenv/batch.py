@@ -1,0 +1,107 @@
+"""One step's examples as tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from mlenv.errors import require
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from torchrec import KeyedJaggedTensor
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a source continues: the next row of the next window of rows, in the source's own seeded order."""
+
+    epoch: int = 0
+    window: int = 0
+    row: int = 0
+
+
+START = Position()
+
+
+@dataclass(frozen=True)
+class SparseFeatures:
+    """Ids of several keys in the memory order of TorchRec's KeyedJaggedTensor: all bags of key 0, then of key 1, ...
+
+    Invariants: ``len(lengths) == len(keys) * batch_size``; ``sum(value_counts) == len(values)``; within a key, bag i
+    belongs to example i.
+    """
+
+    keys: tuple[str, ...]
+    values: Tensor
+    """``(ids,)`` int64, each a row of its key's table."""
+    lengths: Tensor
+    """``(keys * batch,)`` int32, ids per bag."""
+    value_counts: tuple[int, ...]
+    """Ids per key, known on the host so that slicing never waits for the device."""
+    weights: Tensor | None = None
+    """``(ids,)`` float32, or None when every weight is 1."""
+
+    @property
+    def batch_size(self) -> int:
+        """Bags per key."""
+        return self.lengths.numel() // len(self.keys) if self.keys else 0
+
+    def select(self, start: int, stop: int) -> SparseFeatures:
+        """Keys ``start`` to ``stop`` as views, without a copy."""
+        ends = [0, *accumulate(self.value_counts)]
+        ids, bags = slice(ends[start], ends[stop]), slice(start * self.batch_size, stop * self.batch_size)
+        weights = None if self.weights is None else self.weights[ids]
+        return SparseFeatures(self.keys[start:stop], self.values[ids], self.lengths[bags], self.value_counts[start:stop], weights)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> SparseFeatures:
+        """The same ids on another device."""
+        moved = {name: getattr(self, name).to(device, non_blocking=non_blocking) for name in ("values", "lengths")}
+        weights = None if self.weights is None else self.weights.to(device, non_blocking=non_blocking)
+        return replace(self, **moved, weights=weights)
+
+    def to_keyed_jagged_tensor(self) -> KeyedJaggedTensor:
+        """The same memory as TorchRec takes it; nothing is copied.
+
+        Raises:
+            MlenvError: torchrec cannot be imported.
+        """
+        torchrec = require("torchrec", extra="torchrec")
+        return torchrec.KeyedJaggedTensor(
+            keys=list(self.keys),
+            values=self.values,
+            weights=self.weights,
+            lengths=self.lengths,
+            stride=self.batch_size,
+            length_per_key=list(self.value_counts),
+        )
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's examples. Row i of every field is the same example, in source order; no padding rows."""
+
+    sparse: SparseFeatures
+    """Ids per sparse key of the schema; an empty bag pools to zeros."""
+    dense: Tensor
+    """``(batch, dense_columns)`` float32, raw values; nulls already filled by the schema, normalized inside the model."""
+    labels: Tensor
+    """``(batch, tasks)`` float32, 0 or 1; 0 where the weight hides it."""
+    weights: Tensor
+    """``(batch, tasks)`` float32, >= 0; 0 hides an example from a task."""
+    position: Position = START
+    """Where the source continues after this batch."""
+    metadata: pa.RecordBatch | None = None
+    """Pass-through columns (row key, request, segments) when the source was asked for them; always on the host."""
+
+    def __len__(self) -> int:
+        return self.labels.shape[0]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """The same examples on another device; metadata stays on the host."""
+        moved = {name: getattr(self, name).to(device, non_blocking=non_blocking) for name in ("sparse", "dense", "labels", "weights")}
+        return replace(self, **moved)
