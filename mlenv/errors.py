@@ -4,40 +4,46 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import math
 from collections.abc import Iterable
 from types import ModuleType
+from typing import Self
 
 
 class MlenvError(ValueError):
     """Base of the errors a user can fix. The command line prints it and ends with exit code 2."""
 
 
-class ConfigError(MlenvError):
+class PlacedError(MlenvError):
+    """An error with a place, what was expected there, what was found, and how to mend it."""
+
+    def __init__(self, place: str, *, expected: str, received: object, fix: str = "") -> None:
+        self.place, self.expected, self.received, self.fix = place, expected, received, fix
+        super().__init__(f"{place}: expected {expected}. Received: {received!r}." + (f" Fix: {fix.rstrip('.')}." if fix else ""))
+
+    def under(self, prefix: str) -> Self:
+        """The same error seen from further out: ``num_layers`` becomes ``model.crossing.num_layers``."""
+        place = f"{prefix}.{self.place}" if prefix else self.place
+        return type(self)(place, expected=self.expected, received=self.received, fix=self.fix)
+
+
+class ConfigError(PlacedError):
     """A key of the configuration has a value that cannot be used."""
 
-    def __init__(self, key: str, *, expected: str, received: object, fix: str = "") -> None:
-        super().__init__(_sentence(key, expected, received, fix))
 
-
-class DataError(MlenvError):
+class DataError(PlacedError):
     """A row, a column or a file does not hold what the schema promises."""
 
-    def __init__(self, place: str, *, expected: str, received: object, fix: str = "") -> None:
-        super().__init__(_sentence(place, expected, received, fix))
 
-
-class CheckpointError(MlenvError):
+class CheckpointError(PlacedError):
     """A checkpoint is missing, damaged, or belongs to another model."""
-
-    def __init__(self, place: str, *, expected: str, received: object, fix: str = "") -> None:
-        super().__init__(_sentence(place, expected, received, fix))
 
 
 class Problems(MlenvError):
     """Several errors found in one check, reported together."""
 
-    def __init__(self, title: str, problems: Iterable[MlenvError | str]) -> None:
-        self.problems = [str(problem) for problem in problems]
+    def __init__(self, title: str, problems: Iterable[MlenvError]) -> None:
+        self.problems = list(problems)
         super().__init__("\n".join([f"{title}: {_count(len(self.problems))}.", *(f"  - {problem}" for problem in self.problems)]))
 
 
@@ -46,8 +52,20 @@ def nearest(name: str, candidates: Iterable[str]) -> str:
     known = sorted(candidates)
     match = difflib.get_close_matches(name, known, n=1)
     if match:
-        return f"did you mean {match[0]!r}?"
+        return f"did you mean {match[0]!r}"
     return f"known names: {', '.join(known)}" if known else "no names are known here"
+
+
+def check_at_least(key: str, value: float, least: float) -> None:
+    """Raises ConfigError unless the value is finite and not below ``least``."""
+    if not (math.isfinite(value) and value >= least):
+        raise ConfigError(key, expected=f"a number >= {least}", received=value)
+
+
+def check_above(key: str, value: float, bound: float) -> None:
+    """Raises ConfigError unless the value is finite and above ``bound``."""
+    if not (math.isfinite(value) and value > bound):
+        raise ConfigError(key, expected=f"a number > {bound}", received=value)
 
 
 def require(module: str, *, extra: str) -> ModuleType:
@@ -64,9 +82,6 @@ def require(module: str, *, extra: str) -> ModuleType:
             f"Fix: pip install 'mlenv[{extra}]', or the full lock with pip install --no-deps -r requirements/cpu.txt."
         ) from error
 
-
-def _sentence(place: str, expected: str, received: object, fix: str) -> str:
-    return f"{place}: expected {expected}. Received: {received!r}." + (f" Fix: {fix}." if fix else "")
 
 
 def _count(number: int) -> str:

@@ -9,16 +9,18 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from mlenv.errors import ConfigError, MlenvError, Problems, nearest
+from mlenv.errors import ConfigError, MlenvError, Problems, check_at_least, nearest
 from mlenv.kinds import kind_field, kind_of
 
 Entity = Literal["user", "item", "context", "request"]
 IdStorage = Literal["int64", "string"]
-SparseGroup = Literal["bag", "weighted_bag", "sequence"]
+SparseGroup = Literal["single", "bag", "weighted_bag", "sequence"]
+Lookup = Literal["pooled", "pooled_weighted", "unpooled"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,10 +41,8 @@ class Table:
     """How the rows of one bag become one vector; an empty bag is zeros."""
 
     def __post_init__(self) -> None:
-        if self.num_embeddings < 1:
-            raise ConfigError("num_embeddings", expected="an integer >= 1", received=self.num_embeddings)
-        if self.embedding_dim < 1:
-            raise ConfigError("embedding_dim", expected="an integer >= 1", received=self.embedding_dim)
+        check_at_least("num_embeddings", self.num_embeddings, 1)
+        check_at_least("embedding_dim", self.embedding_dim, 1)
         if (self.ids == "vocabulary") != bool(self.vocabulary):
             raise ConfigError("vocabulary", expected="a list of ids exactly when ids is 'vocabulary'", received=self.vocabulary)
         if len(set(self.vocabulary)) != len(self.vocabulary):
@@ -96,8 +96,7 @@ class DenseVector(Feature):
     """Length of every vector."""
 
     def __post_init__(self) -> None:
-        if self.dim < 1:
-            raise ConfigError("dim", expected="an integer >= 1", received=self.dim)
+        check_at_least("dim", self.dim, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,8 +161,7 @@ class Sequence(Feature):
     def __post_init__(self) -> None:
         if not self.fields:
             raise ConfigError("fields", expected="at least one field", received=self.fields)
-        if self.max_length < 1:
-            raise ConfigError("max_length", expected="an integer >= 1", received=self.max_length)
+        check_at_least("max_length", self.max_length, 1)
         if self.column:
             raise ConfigError("column", expected="no column for the whole sequence", received=self.column, fix="name the column of each field")
 
@@ -201,6 +199,8 @@ class SparseKey:
     storage: IdStorage
     table: str
     group: SparseGroup
+    lookup: Lookup
+    """unpooled: the table also serves a sequence, or both plain and weighted bags, so that its rows are fetched one by one."""
     feature: str
     max_length: int
     """0: no limit."""
@@ -255,9 +255,13 @@ class Schema:
 
     @property
     def sparse_keys(self) -> tuple[SparseKey, ...]:
-        """Keys of ``SparseFeatures``: plain bags, then weighted bags, then sequences, so that each group is contiguous."""
-        order = {"bag": 0, "weighted_bag": 1, "sequence": 2}
-        return tuple(sorted(self._sparse_keys(), key=lambda key: order[key.group]))
+        """Keys of ``SparseFeatures``, ordered by lookup, so that the keys of each lookup are contiguous in memory."""
+        groups: dict[str, set[SparseGroup]] = {}
+        for key in self._sparse_keys():
+            groups.setdefault(key.table, set()).add(key.group)
+        order = typing.get_args(Lookup)
+        keys = (dataclasses.replace(key, lookup=_lookup(groups[key.table])) for key in self._sparse_keys())
+        return tuple(sorted(keys, key=lambda key: order.index(key.lookup)))
 
     @property
     def dense_columns(self) -> tuple[DenseColumn, ...]:
@@ -319,18 +323,19 @@ class Schema:
         return {"features": features, **{section: {name: dataclasses.asdict(entry) for name, entry in entries.items()} for section, entries in sections.items()}}
 
     def _sparse_keys(self) -> Iterator[SparseKey]:
+        """Keys in schema order; how they are looked up depends on all users of a table and is set by ``sparse_keys``."""
         for name, feature in self.features.items():
             column = getattr(feature, "column", "") or name
             if isinstance(feature, Categorical):
-                yield SparseKey(name, column, feature.storage, feature.table or name, "bag", name, 1, "first", feature.default)
+                yield SparseKey(name, column, feature.storage, feature.table or name, "single", "pooled", name, 1, "first", feature.default)
             elif isinstance(feature, MultiCategorical):
-                yield SparseKey(name, column, feature.storage, feature.table or name, "bag", name, feature.max_length, "first", None)
+                yield SparseKey(name, column, feature.storage, feature.table or name, "bag", "pooled", name, feature.max_length, "first", None)
             elif isinstance(feature, Weighted):
-                yield SparseKey(name, column, feature.storage, feature.table or name, "weighted_bag", name, feature.max_length, "first", None)
+                yield SparseKey(name, column, feature.storage, feature.table or name, "weighted_bag", "pooled", name, feature.max_length, "first", None)
             elif isinstance(feature, Sequence):
                 for part, entry in feature.fields.items():
                     key = f"{name}.{part}"
-                    yield SparseKey(key, entry.column or f"{name}_{part}", entry.storage, entry.table or key, "sequence", name, feature.max_length, feature.keep, None)
+                    yield SparseKey(key, entry.column or f"{name}_{part}", entry.storage, entry.table or key, "sequence", "pooled", name, feature.max_length, feature.keep, None)
 
     def _table_problems(self) -> Iterator[MlenvError]:
         used = set()
@@ -338,6 +343,8 @@ class Schema:
             used.add(key.table)
             if key.table not in self.tables:
                 yield ConfigError(f"features.{key.name}.table", expected="a table of the schema", received=key.table, fix=f"add tables.{key.table}; {nearest(key.table, self.tables)}")
+            elif key.storage == "string" and self.tables[key.table].ids == "index":
+                yield ConfigError(f"tables.{key.table}.ids", expected=f"hash or vocabulary, because feature {key.name} holds strings", received="index")
         for name in self.tables.keys() - used:
             yield ConfigError(f"tables.{name}", expected="a feature that uses it", received="none", fix="remove the table, or name it in a feature")
 
@@ -349,3 +356,10 @@ class Schema:
             column = label.column or task
             if column in inputs:
                 yield ConfigError(f"labels.{task}", expected="a column that no feature reads", received=column, fix="a model must not see its own target")
+
+
+def _lookup(groups: set[SparseGroup]) -> Lookup:
+    """How a table that serves these groups of keys is looked up."""
+    if groups <= {"single", "bag"}:
+        return "pooled"
+    return "pooled_weighted" if groups == {"weighted_bag"} else "unpooled"

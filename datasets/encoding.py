@@ -1,0 +1,408 @@
+"""From Arrow columns to numbers: a RecordBatch becomes EncodedRows, whose slices become Batches.
+
+Whole windows of rows are encoded at once, column by column, so that the cost of Python is paid per column and
+window; cutting a batch afterwards is a few contiguous copies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from numpy.typing import NDArray
+
+from mlenv.batch import Batch, Position, SparseFeatures
+from mlenv.datasets.hashing import hash_ids
+from mlenv.errors import DataError, MlenvError, nearest
+from mlenv.schema import Binary, DenseColumn, DenseVector, Numeric, Schema, SparseKey, Table
+
+Integers = NDArray[np.int64]
+Floats = NDArray[np.float32]
+
+
+class RowError(Exception):
+    """A value that cannot be encoded; the source that knows the file turns it into a DataError."""
+
+    def __init__(self, row: int, column: str, *, expected: str, received: object, fix: str = "") -> None:
+        super().__init__(f"row {row}, column {column!r}: expected {expected}, received {received!r}")
+        self.row, self.column, self.expected, self.received, self.fix = row, column, expected, received, fix
+
+
+@dataclass(frozen=True)
+class Jagged:
+    """Ids of one sparse key. Without offsets every bag holds exactly one id."""
+
+    values: Integers
+    offsets: Integers | None = None
+    """``(rows + 1,)``: bag i is ``values[offsets[i]:offsets[i + 1]]``."""
+    weights: Floats | None = None
+
+    def rows(self, start: int, stop: int) -> Jagged:
+        """Bags ``start`` to ``stop``, as views."""
+        if self.offsets is None:
+            return Jagged(self.values[start:stop])
+        first, last = self.offsets[start], self.offsets[stop]
+        weights = None if self.weights is None else self.weights[first:last]
+        return Jagged(self.values[first:last], self.offsets[start : stop + 1] - first, weights)
+
+    def take(self, order: Integers) -> Jagged:
+        """Bags in another order."""
+        if self.offsets is None:
+            return Jagged(self.values[order])
+        lengths = np.diff(self.offsets)[order]
+        places, offsets = _ranges(self.offsets[order], lengths)
+        return Jagged(self.values[places], offsets, None if self.weights is None else self.weights[places])
+
+    def lengths(self, rows: int) -> NDArray[np.int32]:
+        """Ids per bag."""
+        return np.ones(rows, np.int32) if self.offsets is None else np.diff(self.offsets).astype(np.int32)
+
+
+@dataclass(frozen=True)
+class EncodedRows:
+    """Many examples as numbers. Row i of every part is the same example."""
+
+    schema: Schema
+    sparse: tuple[Jagged, ...]
+    """In the order of ``schema.sparse_keys``."""
+    dense: Floats
+    """``(rows, schema.num_dense)``."""
+    labels: Floats
+    """``(rows, tasks)``."""
+    weights: Floats
+    """``(rows, tasks)``."""
+    metadata: pa.RecordBatch | None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def rows(self, start: int, stop: int) -> EncodedRows:
+        """Rows ``start`` to ``stop``, as views."""
+        return replace(
+            self,
+            sparse=tuple(jagged.rows(start, stop) for jagged in self.sparse),
+            dense=self.dense[start:stop],
+            labels=self.labels[start:stop],
+            weights=self.weights[start:stop],
+            metadata=None if self.metadata is None else self.metadata.slice(start, stop - start),
+        )
+
+    def take(self, order: Integers) -> EncodedRows:
+        """Rows in another order."""
+        return replace(
+            self,
+            sparse=tuple(jagged.take(order) for jagged in self.sparse),
+            dense=self.dense[order],
+            labels=self.labels[order],
+            weights=self.weights[order],
+            metadata=None if self.metadata is None else self.metadata.take(pa.array(order)),
+        )
+
+
+def to_batch(parts: Sequence[EncodedRows], position: Position) -> Batch:
+    """Lays consecutive pieces of rows out as one batch, key-major."""
+    first = parts[0]
+    metadata = None
+    if first.metadata is not None:
+        metadata = pa.Table.from_batches([part.metadata for part in parts]).combine_chunks().to_batches()[0]
+    return Batch(
+        sparse=_sparse_features(parts),
+        dense=torch.from_numpy(_joined([part.dense for part in parts])),
+        labels=torch.from_numpy(_joined([part.labels for part in parts])),
+        weights=torch.from_numpy(_joined([part.weights for part in parts])),
+        position=position,
+        metadata=metadata,
+    )
+
+
+def encode(rows: pa.RecordBatch, schema: Schema, *, with_metadata: bool = False) -> EncodedRows:
+    """Turns the columns that the schema names into numbers. Column types were checked by ``check_columns``.
+
+    Raises:
+        RowError: names the first row whose value cannot be used.
+    """
+    sparse = tuple(_encode_key(rows.column(key.column), key, schema.tables[key.table]) for key in schema.sparse_keys)
+    _check_aligned(sparse, schema)
+    labels, weights = _encode_labels(rows, schema)
+    metadata = rows.select(list(schema.metadata_columns)) if with_metadata else None
+    return EncodedRows(schema, sparse, _encode_dense(rows, schema), labels, weights, metadata)
+
+
+def check_columns(columns: pa.Schema, schema: Schema, place: str, *, with_metadata: bool = False) -> Iterator[MlenvError]:
+    """Yields an error for every column that is missing or whose type the schema does not accept."""
+    types = {field.name: field.type for field in columns}
+    names = dict.fromkeys((*schema.columns, *(schema.metadata_columns if with_metadata else ())))
+    for name in (name for name in names if name not in types):
+        fix = f"write the column, or take it out of the schema; {nearest(name, types)}"
+        yield DataError(f"{place}, column {name!r}", expected="a column of this name", received="none", fix=fix)
+    for column, expected, accepts in _expected_types(schema):
+        if column in types and not accepts(types[column]):
+            fix = "write the column with that type, or change the schema"
+            yield DataError(f"{place}, column {column!r}", expected=expected, received=str(types[column]), fix=fix)
+
+
+def _expected_types(schema: Schema) -> Iterator[tuple[str, str, Callable[[pa.DataType], bool]]]:
+    """For each column that is read: its name, what it should hold in words, and the test for it."""
+    for key in schema.sparse_keys:
+        is_id = pa.types.is_integer if key.storage == "int64" else _is_text
+        if key.group == "single":
+            yield key.column, key.storage, is_id
+        elif key.group == "weighted_bag":
+            yield key.column, f"map<{key.storage}, float> or list<struct<id: {key.storage}, weight: float>>", partial(_is_pairs, is_id)
+        else:
+            yield key.column, f"list<{key.storage}>", partial(_is_list, is_id)
+    for dense in schema.dense_columns:
+        feature = schema.features[dense.name]
+        if isinstance(feature, DenseVector):
+            yield dense.column, f"list<float> of {feature.dim}", partial(_is_list, _is_number)
+        elif isinstance(feature, Binary):
+            yield dense.column, "bool, or integers 0 and 1", _is_flag
+        else:
+            yield dense.column, "a number", _is_number
+    for task, label in schema.labels.items():
+        yield label.column or task, "a number 0 or 1, or bool", _is_number
+        if label.mask:
+            yield label.mask, "bool, or integers 0 and 1", _is_flag
+        if label.weight:
+            yield label.weight, "a number", _is_number
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind) or pa.types.is_decimal(kind)
+
+
+def _is_flag(kind: pa.DataType) -> bool:
+    return pa.types.is_boolean(kind) or pa.types.is_integer(kind)
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        return _is_text(kind.value_type)
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def _is_list(is_element: Callable[[pa.DataType], bool], kind: pa.DataType) -> bool:
+    lists = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    return lists and is_element(kind.value_type)
+
+
+def _is_pairs(is_id: Callable[[pa.DataType], bool], kind: pa.DataType) -> bool:
+    if pa.types.is_map(kind):
+        return is_id(kind.key_type) and _is_number(kind.item_type)
+    pair = kind.value_type if pa.types.is_list(kind) or pa.types.is_large_list(kind) else None
+    return pair is not None and pa.types.is_struct(pair) and pair.num_fields == 2 and is_id(pair.field(0).type) and _is_number(pair.field(1).type)
+
+
+# Sparse features
+
+
+def _encode_key(column: pa.Array, key: SparseKey, table: Table) -> Jagged:
+    if key.group == "single":
+        return _encode_single(column, key, table)
+    elements, offsets = _elements(column, key.max_length, key.keep)
+    weights = None
+    if key.group == "weighted_bag":
+        weights = _floats(elements.field(1), default=0.0)
+        elements = elements.field(0)
+    if elements.null_count:
+        elements, offsets, weights = _without_nulls(elements, offsets, weights, key)
+    values = _table_rows(elements, key, table, lambda place: int(np.searchsorted(offsets, place, side="right")) - 1)
+    return Jagged(values, offsets, weights)
+
+
+def _encode_single(column: pa.Array, key: SparseKey, table: Table) -> Jagged:
+    if column.null_count and key.default is not None:
+        column = pc.fill_null(_plain(column), pa.scalar(key.default).cast(_plain_type(column)))
+    if not column.null_count:
+        return Jagged(_table_rows(column, key, table, lambda place: place))
+    present = np.flatnonzero(column.is_valid().to_numpy(zero_copy_only=False))
+    offsets = np.zeros(len(column) + 1, np.int64)
+    offsets[present + 1] = 1
+    return Jagged(_table_rows(column.drop_null(), key, table, lambda place: int(present[place])), np.cumsum(offsets))
+
+
+def _table_rows(ids: pa.Array, key: SparseKey, table: Table, row_of: Callable[[int], int]) -> Integers:
+    """Rows of the table for ids without nulls; ``row_of`` says which example an id belongs to, for the message."""
+    if table.ids == "hash":
+        return (hash_ids(ids) % np.uint64(table.num_embeddings)).view(np.int64)
+    if table.ids == "index":
+        rows: Integers = ids.cast(pa.int64()).to_numpy()
+        # One pass finds both ends: a negative id is a huge unsigned one.
+        if not len(rows) or rows.view(np.uint64).max() < table.num_embeddings:
+            return rows
+        unknown = (rows < 0) | (rows >= table.num_embeddings)
+        spare, expected = 0, f"an id in [0, {table.num_embeddings})"
+        remedy = f"raise num_embeddings of table {key.table!r}"
+    else:
+        known = pa.array(table.vocabulary).cast(_plain_type(ids))
+        found = pc.index_in(_plain(ids), value_set=known)
+        unknown = found.is_null().to_numpy(zero_copy_only=False)
+        rows = found.fill_null(0).cast(pa.int64()).to_numpy()
+        spare, expected = len(table.vocabulary), f"an id of the vocabulary of table {key.table!r}"
+        remedy = "add it to the vocabulary"
+    if unknown.any() and table.out_of_range == "error":
+        place = int(np.argmax(unknown))
+        raise RowError(row_of(place), key.column, expected=expected, received=ids[place].as_py(), fix=f"{remedy}, or set its out_of_range to 'hash'")
+    rows = rows.copy()
+    hashed = hash_ids(ids.filter(pa.array(unknown))) % np.uint64(table.num_embeddings - spare)
+    rows[unknown] = hashed.view(np.int64) + spare
+    return rows
+
+
+def _elements(column: pa.Array, max_length: int, keep: str) -> tuple[pa.Array, Integers]:
+    """The elements of a list column, cut to ``max_length`` per row, and their offsets; a null list is empty."""
+    lengths = pc.fill_null(pc.list_value_length(column), 0).cast(pa.int64()).to_numpy()
+    if max_length and len(lengths) and lengths.max() > max_length:
+        ends = np.cumsum(lengths)
+        kept = np.minimum(lengths, max_length)
+        places, offsets = _ranges(ends - kept if keep == "last" else ends - lengths, kept)
+        return _flatten(column).take(pa.array(places)), offsets
+    return _flatten(column), np.concatenate([[0], np.cumsum(lengths)])
+
+
+def _flatten(column: pa.Array) -> pa.Array:
+    """All elements of a list or map column in row order; null lists give nothing."""
+    if pa.types.is_map(column.type):
+        column = column.cast(pa.list_(pa.struct([("id", column.type.key_type), ("weight", column.type.item_type)])))
+    return column.flatten()
+
+
+def _without_nulls(elements: pa.Array, offsets: Integers, weights: Floats | None, key: SparseKey) -> tuple[pa.Array, Integers, Floats | None]:
+    """Bags without their null ids. In a sequence a null would shift the fields against each other, so it is refused."""
+    valid = elements.is_valid().to_numpy(zero_copy_only=False)
+    if key.group == "sequence":
+        row = int(np.searchsorted(offsets, int(np.argmin(valid)), side="right")) - 1
+        raise RowError(row, key.column, expected="a list without null elements", received=None, fix="write an id that stands for unknown")
+    kept = np.concatenate([[0], np.cumsum(valid)])
+    return elements.drop_null(), kept[offsets], None if weights is None else weights[valid]
+
+
+def _check_aligned(sparse: Sequence[Jagged], schema: Schema) -> None:
+    """Fields of one sequence have equal lengths in every row."""
+    first: dict[str, tuple[SparseKey, Jagged]] = {}
+    for key, jagged in zip(schema.sparse_keys, sparse, strict=True):
+        if key.group != "sequence":
+            continue
+        leader, reference = first.setdefault(key.feature, (key, jagged))
+        if not np.array_equal(reference.offsets, jagged.offsets):
+            mine, theirs = jagged.lengths(0), reference.lengths(0)
+            row = int(np.argmax(mine != theirs))
+            expected = f"as many elements as column {leader.column!r} ({theirs[row]})"
+            raise RowError(row, key.column, expected=expected, received=int(mine[row]), fix=f"write aligned lists for sequence {key.feature!r}")
+
+
+def _ranges(starts: Integers, lengths: Integers) -> tuple[Integers, Integers]:
+    """Places of several ranges one after the other, and the offsets of the ranges in them."""
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    return np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths), offsets
+
+
+# Dense features, labels
+
+
+def _encode_dense(rows: pa.RecordBatch, schema: Schema) -> Floats:
+    dense = np.empty((rows.num_rows, schema.num_dense), np.float32)
+    for column in schema.dense_columns:
+        feature, values = schema.features[column.name], rows.column(column.column)
+        if isinstance(feature, DenseVector):
+            dense[:, column.start : column.start + column.width] = _vectors(values, column)
+        elif isinstance(feature, Binary):
+            dense[:, column.start] = _flags(values, column.column, default=feature.default)
+        elif isinstance(feature, Numeric):
+            dense[:, column.start] = _floats(values, default=feature.default)
+    return dense
+
+
+def _vectors(values: pa.Array, column: DenseColumn) -> Floats:
+    lengths = pc.list_value_length(values)
+    wrong = pc.fill_null(pc.not_equal(lengths, column.width), False).to_numpy(zero_copy_only=False)
+    if wrong.any():
+        row = int(np.argmax(wrong))
+        raise RowError(row, column.column, expected=f"a vector of {column.width} numbers", received=f"{lengths[row].as_py()} numbers")
+    vectors = np.zeros((len(values), column.width), np.float32)
+    present = values.is_valid().to_numpy(zero_copy_only=False)
+    vectors[present] = _floats(values.drop_null().flatten(), default=0.0).reshape(-1, column.width)
+    return vectors
+
+
+def _encode_labels(rows: pa.RecordBatch, schema: Schema) -> tuple[Floats, Floats]:
+    labels = np.empty((rows.num_rows, len(schema.labels)), np.float32)
+    weights = np.empty_like(labels)
+    for place, (task, label) in enumerate(schema.labels.items()):
+        weight = _floats(rows.column(label.weight), default=np.nan) if label.weight else np.ones(rows.num_rows, np.float32)
+        if label.weight and not (weight >= 0).all():
+            row = int(np.argmin(weight >= 0))
+            raise RowError(row, label.weight, expected="a weight >= 0", received=rows.column(label.weight)[row].as_py())
+        if label.mask:
+            weight = weight * _flags(rows.column(label.mask), label.mask, default=False)
+        name = label.column or task
+        values = _floats(rows.column(name), default=np.nan)
+        wrong = (values != 0) & (values != 1) & (weight > 0)
+        if wrong.any():
+            row = int(np.argmax(wrong))
+            fix = f"write 0 or 1, or name a mask column in labels.{task}.mask that is false here"
+            raise RowError(row, name, expected="a label 0 or 1", received=rows.column(name)[row].as_py(), fix=fix)
+        labels[:, place] = np.where(weight > 0, values, 0)
+        weights[:, place] = weight
+    return labels, weights
+
+
+def _flags(values: pa.Array, column: str, *, default: bool) -> Floats:
+    flags = _floats(values, default=float(default))
+    wrong = (flags != 0) & (flags != 1)
+    if wrong.any():
+        row = int(np.argmax(wrong))
+        raise RowError(row, column, expected="0 or 1", received=values[row].as_py())
+    return flags
+
+
+def _floats(values: pa.Array, *, default: float) -> Floats:
+    """A number column as float32; null and NaN become the default."""
+    floats: Floats = values.cast(pa.float32(), safe=False).to_numpy(zero_copy_only=False)
+    missing = np.isnan(floats)
+    return np.where(missing, np.float32(default), floats) if missing.any() else floats
+
+
+def _plain_type(ids: pa.Array) -> pa.DataType:
+    return ids.type.value_type if pa.types.is_dictionary(ids.type) else ids.type
+
+
+def _plain(ids: pa.Array) -> pa.Array:
+    return ids.cast(_plain_type(ids)) if pa.types.is_dictionary(ids.type) else ids
+
+
+# Batches
+
+
+def _sparse_features(parts: Sequence[EncodedRows]) -> SparseFeatures:
+    keys = parts[0].schema.sparse_keys
+    pieces = [[part.sparse[place] for part in parts] for place in range(len(keys))]
+    values = _joined([piece.values for key in pieces for piece in key]) if keys else np.empty(0, np.int64)
+    counts = tuple(sum(len(piece.values) for piece in key) for key in pieces)
+    rows = sum(len(part) for part in parts)
+    if all(piece.offsets is None for key in pieces for piece in key):
+        lengths = _single_lengths(len(keys) * rows)
+    else:
+        lengths = torch.from_numpy(_joined([piece.lengths(len(part)) for key in pieces for part, piece in zip(parts, key, strict=True)]))
+    weights = None
+    if any(key.group == "weighted_bag" for key in keys):
+        ones = (piece.weights if piece.weights is not None else np.ones(len(piece.values), np.float32) for key in pieces for piece in key)
+        weights = torch.from_numpy(_joined(list(ones)))
+    return SparseFeatures(tuple(key.name for key in keys), torch.from_numpy(values), lengths, counts, weights)
+
+
+@lru_cache(maxsize=8)
+def _single_lengths(bags: int) -> torch.Tensor:
+    """Lengths of bags with one id each; nobody writes to them, so batches share them."""
+    return torch.ones(bags, dtype=torch.int32)
+
+
+def _joined(arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    """One array that owns its memory, so that a batch does not keep a whole window alive."""
+    return np.concatenate(arrays)

@@ -1,0 +1,268 @@
+"""Reads day-partitioned Parquet into batches: sharded by row group, shuffled within a bounded window, decoded ahead in threads."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import PurePosixPath
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.fs
+import pyarrow.parquet as pq
+
+from mlenv.batch import START, Batch, Position
+from mlenv.config import DataConfig, WindowConfig
+from mlenv.datasets.encoding import EncodedRows, RowError, check_columns, encode, to_batch
+from mlenv.errors import ConfigError, DataError, Problems
+from mlenv.schema import Schema
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """The unit that is read at once and that ranks share out."""
+
+    file: str
+    index: int
+    num_rows: int
+
+
+class ParquetSource:
+    """Rows of one window of a data set, as batches.
+
+    Each epoch puts the row groups in a seeded order, deals them out to the ranks, joins them to windows of at least
+    ``shuffle_rows`` rows, and permutes the rows of each window. All of it follows from the seed and the position, so
+    that a source started at ``batch.position`` gives exactly the batches that would have come next.
+
+    Raises:
+        Problems, DataError: the window has no files, a file is no Parquet file, or columns do not fit the schema;
+            found when the source is made, before any row is read.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        window: WindowConfig,
+        schema: Schema,
+        *,
+        shuffle: bool = False,
+        seed: int = 0,
+        num_epochs: int = 1,
+        with_metadata: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.schema, self.batch_size, self.num_epochs = schema, config.batch_size, num_epochs
+        self._window_rows = config.shuffle_rows if shuffle else 0
+        self._shuffle, self._seed, self._threads = shuffle and config.shuffle_rows > 0, seed, config.decode_threads
+        self._with_metadata, self._rank, self._world_size = with_metadata, rank, world_size
+        self._filesystem, root = open_folder(config.path)
+        self._root = str(PurePosixPath(root, window.path))
+        self._footers = self._read_footers(window)
+        self._row_groups = [
+            RowGroup(file, index, footer.row_group(index).num_rows)
+            for file, footer in self._footers.items()
+            for index in range(footer.num_row_groups)
+            if footer.row_group(index).num_rows
+        ]
+        if not self._row_groups:
+            raise DataError(self._root, expected=f"rows in {window}", received="empty files only")
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the window, over all ranks and one epoch."""
+        return sum(group.num_rows for group in self._row_groups)
+
+    @property
+    def num_batches(self) -> int:
+        """Batches that this rank gets from the start, over all epochs."""
+        rows = sum(group.num_rows for epoch in range(self.num_epochs) for window in self._windows(epoch) for group in window)
+        return -(-rows // self.batch_size)
+
+    @property
+    def days(self) -> tuple[str, ...]:
+        """Partition days that are read, in order; empty when the data has no day partitions."""
+        return tuple(sorted({day for file in self._footers if (day := self._partitions(file).get("date"))}))
+
+    @property
+    def fingerprint(self) -> str:
+        """Twelve hex digits of the files, their row groups and their rows; changes when the data does."""
+        text = "\n".join(f"{PurePosixPath(group.file).relative_to(self._root)} {group.index} {group.num_rows}" for group in self._row_groups)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def batches(self, start: Position = START) -> Iterator[Batch]:
+        """Batches of ``batch_size`` examples from a position on; only the very last one may be shorter.
+
+        Raises:
+            DataError: names file, row group, row and column of a value that cannot be used.
+        """
+        parts: list[EncodedRows] = []
+        missing, position = self.batch_size, start
+        for epoch, window, rows in self._encoded_windows(start):
+            first = start.row if (epoch, window) == (start.epoch, start.window) else 0
+            while first < len(rows):
+                last = min(first + missing, len(rows))
+                parts.append(rows.rows(first, last))
+                missing, first, position = missing - (last - first), last, Position(epoch, window, last)
+                if missing == 0:
+                    yield to_batch(parts, position)
+                    parts, missing = [], self.batch_size
+        if parts:
+            yield to_batch(parts, position)
+
+    def record_batches(self, columns: tuple[str, ...]) -> Iterator[pa.RecordBatch]:
+        """Columns as stored, row group by row group in file order; for statistics."""
+        for group in self._row_groups[self._rank :: self._world_size]:
+            yield self._read(group, columns)
+
+    def _encoded_windows(self, start: Position) -> Iterator[tuple[int, int, EncodedRows]]:
+        """Windows in order; ``decode_threads`` of them are read ahead."""
+        plan = (
+            (epoch, window, groups)
+            for epoch in range(start.epoch, self.num_epochs)
+            for window, groups in enumerate(self._windows(epoch))
+            if (epoch, window) >= (start.epoch, start.window)
+        )
+        ahead: deque[tuple[int, int, Future[EncodedRows]]] = deque()
+        pool = ThreadPoolExecutor(self._threads, thread_name_prefix="decode")
+        try:
+            for epoch, window, groups in islice(plan, self._threads):
+                ahead.append((epoch, window, pool.submit(self._encode_window, epoch, window, groups)))
+            while ahead:
+                epoch, window, future = ahead.popleft()
+                rows = future.result()
+                for following in islice(plan, 1):
+                    ahead.append((following[0], following[1], pool.submit(self._encode_window, *following)))
+                yield epoch, window, rows
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _windows(self, epoch: int) -> list[list[RowGroup]]:
+        """Row groups of this rank, gathered to windows of at least ``shuffle_rows`` rows."""
+        order = np.random.default_rng([self._seed, epoch]).permutation(len(self._row_groups)) if self._shuffle else range(len(self._row_groups))
+        windows: list[list[RowGroup]] = []
+        room = 0
+        for place in list(order)[self._rank :: self._world_size]:
+            if room <= 0:
+                windows.append([])
+                room = max(self._window_rows, 1)
+            windows[-1].append(self._row_groups[place])
+            room -= self._row_groups[place].num_rows
+        return windows
+
+    def _encode_window(self, epoch: int, window: int, groups: list[RowGroup]) -> EncodedRows:
+        columns = (*self.schema.columns, *(self.schema.metadata_columns if self._with_metadata else ()))
+        tables = [pa.Table.from_batches([self._read(group, tuple(dict.fromkeys(columns)))]) for group in groups]
+        joined = pa.concat_tables(tables, promote_options="permissive").combine_chunks().to_batches()[0]
+        try:
+            rows = encode(joined, self.schema, with_metadata=self._with_metadata)
+        except RowError as error:
+            raise self._placed(error, groups) from error
+        if not self._shuffle:
+            return rows
+        return rows.take(np.random.default_rng([self._seed, epoch, window, self._rank]).permutation(len(rows)))
+
+    def _read(self, group: RowGroup, columns: tuple[str, ...]) -> pa.RecordBatch:
+        partitions = self._partitions(group.file)
+        stored = [column for column in columns if column not in partitions]
+        try:
+            file = pq.ParquetFile(group.file, filesystem=self._filesystem, metadata=self._footers[group.file])
+            table = file.read_row_group(group.index, columns=stored, use_threads=False)
+        except (OSError, pa.ArrowException) as error:
+            fix = "write the file again, or take it out of the folder"
+            raise DataError(f"{group.file}, row group {group.index}", expected="readable pages", received=" ".join(str(error).split()), fix=fix) from error
+        for column in (column for column in columns if column in partitions):
+            table = table.append_column(column, pa.array([partitions[column]] * group.num_rows))
+        return table.select(list(columns)).combine_chunks().to_batches()[0]
+
+    def _placed(self, error: RowError, groups: list[RowGroup]) -> DataError:
+        """Says in which file and row group the row of a window lies."""
+        row = error.row
+        for group in groups:
+            if row < group.num_rows:
+                place = f"{group.file}, row group {group.index}, row {row}, column {error.column!r}"
+                return DataError(place, expected=error.expected, received=error.received, fix=error.fix)
+            row -= group.num_rows
+        raise AssertionError("a row outside its window") from error
+
+    def _read_footers(self, window: WindowConfig) -> dict[str, pq.FileMetaData]:
+        """Footers of the files of the window, in the order of their paths.
+
+        The order of rows must not depend on how a file system lists them.
+        """
+        files = self._list_files()
+        chosen = [file for file in files if _within(self._partitions(file).get("date", ""), window)]
+        if not chosen:
+            days = sorted({day for file in files if (day := self._partitions(file).get("date"))})
+            received = f"days {days[0]} to {days[-1]}" if days else f"{len(files)} Parquet files without date=YYYY-MM-DD folders"
+            raise DataError(self._root, expected=f"Parquet files in {window}", received=received, fix="change the window, or write the missing days")
+        with ThreadPoolExecutor(8) as pool:
+            footers = dict(zip(chosen, pool.map(self._read_footer, chosen), strict=True))
+        problems = [
+            problem
+            for file, footer in footers.items()
+            for problem in check_columns(self._columns(file, footer), self.schema, file, with_metadata=self._with_metadata)
+        ]
+        if problems:
+            raise Problems(f"data under {self._root}", problems)
+        return footers
+
+    def _partitions(self, file: str) -> dict[str, str]:
+        """Keys and values of the folders ``key=value`` that a file lies in; they act as text columns."""
+        return dict(part.split("=", 1) for part in PurePosixPath(file).relative_to(self._root).parts[:-1] if "=" in part)
+
+    def _columns(self, file: str, footer: pq.FileMetaData) -> pa.Schema:
+        types = {field.name: field.type for field in footer.schema.to_arrow_schema()}
+        return pa.schema(types | dict.fromkeys(self._partitions(file), pa.string()))
+
+    def _list_files(self) -> list[str]:
+        info = self._filesystem.get_file_info(self._root)
+        if info.type == pyarrow.fs.FileType.NotFound:
+            raise DataError(self._root, expected="a folder of Parquet files", received="nothing there", fix="set data.path, or write the data first")
+        if info.type == pyarrow.fs.FileType.File:
+            return [self._root]
+        selector = pyarrow.fs.FileSelector(self._root, recursive=True)
+        return sorted(entry.path for entry in self._filesystem.get_file_info(selector) if entry.is_file and entry.path.endswith(".parquet"))
+
+    def _read_footer(self, file: str) -> pq.FileMetaData:
+        try:
+            return pq.read_metadata(file, filesystem=self._filesystem)
+        except (OSError, pa.ArrowException) as error:
+            fix = "write the file again, or take it out of the folder"
+            raise DataError(file, expected="a whole Parquet file", received=" ".join(str(error).split()), fix=fix) from error
+
+
+def open_folder(path: str) -> tuple[pyarrow.fs.FileSystem, str]:
+    """The file system and the path in it, for a local path or any URL that Arrow or fsspec knows.
+
+    Raises:
+        ConfigError: nobody knows the scheme of the URL.
+    """
+    if "://" not in path:
+        return pyarrow.fs.LocalFileSystem(), str(PurePosixPath(path))
+    try:
+        filesystem, inside = pyarrow.fs.FileSystem.from_uri(path)
+        return filesystem, inside
+    except pa.ArrowInvalid:
+        import fsspec
+
+        try:
+            opened, inside = fsspec.core.url_to_fs(path)
+        except (ValueError, ImportError) as error:
+            raise ConfigError("data.path", expected="a local path, or a URL that Arrow or fsspec knows", received=path, fix=str(error)) from error
+        return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(opened)), inside
+
+
+def _within(day: str, window: WindowConfig) -> bool:
+    if not (window.start or window.end):
+        return True
+    try:
+        datetime.date.fromisoformat(day)
+    except ValueError:
+        return False
+    return (window.start or day) <= day <= (window.end or day)

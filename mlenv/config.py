@@ -1,0 +1,219 @@
+"""What an experiment is: the typed sections of a config file and the checks that cross them."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from mlenv.errors import ConfigError, MlenvError, Problems, check_above, check_at_least, nearest
+from mlenv.kinds import kind_field
+from mlenv.schema import Schema
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class ModelConfig(Protocol):
+    """Builds a model that takes a ``Batch`` and returns ``logits``, ``(batch, tasks)`` float32.
+
+    ``embeddings`` turns the batch's ids into vectors (``mlenv.modules.Embeddings``); the model keeps it as a submodule.
+    """
+
+    def build(self, schema: Schema, embeddings: nn.Module) -> nn.Module: ...
+
+
+MODELS: dict[str, type | str] = {"ranker": "mlenv.modules.ranker:RankerConfig"}
+"""Models by the name that ``model.kind`` takes; a team's own is named by its import path."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowConfig:
+    """A part of the data: a folder, and the days of it that count, both ends included."""
+
+    path: str = ""
+    """Folder or file under ``data.path``; empty for all of it."""
+    start: str = ""
+    """First day, YYYY-MM-DD, of the partitions ``date=...``; empty for the earliest."""
+    end: str = ""
+    """Last day; empty for the latest."""
+
+    def __post_init__(self) -> None:
+        for name in ("start", "end"):
+            try:
+                datetime.date.fromisoformat(getattr(self, name) or "2000-01-01")
+            except ValueError:
+                raise ConfigError(name, expected="a day as YYYY-MM-DD", received=getattr(self, name)) from None
+        if self.start and self.end and self.start > self.end:
+            raise ConfigError("start", expected=f"a day not after the end {self.end}", received=self.start)
+
+    def overlaps(self, other: WindowConfig) -> bool:
+        """Whether both windows can hold the same day of the same folder."""
+        latest = "9999-12-31"
+        return self.path == other.path and self.start <= (other.end or latest) and other.start <= (self.end or latest)
+
+    def __str__(self) -> str:
+        days = f"{self.start or 'earliest'} to {self.end or 'latest'}" if self.start or self.end else "all days"
+        return f"{self.path}: {days}" if self.path else days
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where rows come from and how they are read."""
+
+    path: str
+    """Folder of Parquet files, local or as a URL that Arrow or fsspec knows."""
+    train: WindowConfig
+    """What the model learns from."""
+    test: WindowConfig | None = None
+    """Held-out rows, scored when training ends."""
+    validation: WindowConfig | None = None
+    """Held-out rows, scored every ``loop.evaluate_every_steps`` steps."""
+    batch_size: int = 4096
+    """Examples per step and rank."""
+    num_epochs: int = 1
+    """Passes over the training window."""
+    shuffle_rows: int = 262_144
+    """Rows that are shuffled together, at least a row group; 0 reads in file order. Bounds the memory of the reader."""
+    decode_threads: int = 2
+    """Threads that read and decode ahead of the training."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("batch_size", 1), ("num_epochs", 1), ("shuffle_rows", 0), ("decode_threads", 1)):
+            check_at_least(name, getattr(self, name), least)
+        if not self.path:
+            raise ConfigError("path", expected="a folder of Parquet files", received=self.path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddingsConfig:
+    """Which engine holds the tables. Both have the same table names, logits and training curve."""
+
+    engine: Literal["torch", "torchrec"] = "torch"
+    """torch: plain tables, everywhere, exportable; torchrec: fused update and sharding over ranks."""
+    init_std: float = 0.01
+    """Standard deviation of the initial rows, normal around zero."""
+    learning_rate: float = 0.02
+    """Of row-wise Adagrad, which keeps one accumulator per row (Duchi et al. 2011; Mudigere et al. 2022, arXiv:2104.05158)."""
+    eps: float = 1e-8
+    """Added to the root of the accumulator."""
+    weight_decay: float = 0.0
+    """L2 penalty of the rows that a step looks up: this times the row is added to its gradient."""
+
+    def __post_init__(self) -> None:
+        check_above("learning_rate", self.learning_rate, 0)
+        for name in ("init_std", "eps", "weight_decay"):
+            check_at_least(name, getattr(self, name), 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """Adam (Kingma and Ba 2015) with decoupled weight decay (Loshchilov and Hutter 2019), for all that is not an embedding table."""
+
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.0
+    """Decay per step in units of the learning rate; biases and normalizations are spared."""
+    gradient_clip_norm: float = 0.0
+    """Largest norm of the gradient of the dense parameters; 0 does not clip."""
+
+    def __post_init__(self) -> None:
+        check_above("learning_rate", self.learning_rate, 0)
+        for name in ("weight_decay", "gradient_clip_norm"):
+            check_at_least(name, getattr(self, name), 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """Binary cross-entropy per task, averaged over the examples that count, summed over tasks."""
+
+    task_weights: dict[str, float] = field(default_factory=dict)
+    """Weight of a task in the sum; 1 for a task that is not named."""
+
+    def __post_init__(self) -> None:
+        for task, weight in self.task_weights.items():
+            check_at_least(f"task_weights.{task}", weight, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """How long to train, on what, and what to keep."""
+
+    max_steps: int = 0
+    """Optimizer steps; 0 trains to the end of ``data.num_epochs``."""
+    log_every_steps: int = 50
+    """Steps between two records of the loss."""
+    evaluate_every_steps: int = 0
+    """Steps between two evaluations on the validation window; 0 never."""
+    checkpoint_every_steps: int = 1000
+    """Steps between two checkpoints; a killed run loses at most these."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints that stay."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes a GPU where there is one."""
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    """bf16-mixed computes the dense part in bfloat16 and keeps float32 weights."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("max_steps", 0), ("log_every_steps", 1), ("evaluate_every_steps", 0), ("checkpoint_every_steps", 1), ("keep_checkpoints", 1)):
+            check_at_least(name, getattr(self, name), least)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingConfig:
+    """Where MLflow keeps the run."""
+
+    enabled: bool = True
+    """Without it the numbers stay in the output folder only."""
+    uri: str = ""
+    """Tracking server; MLFLOW_TRACKING_URI when empty, and without that a SQLite file in the current folder."""
+    experiment: str = "mlenv"
+    """MLflow experiment that the run belongs to."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExperimentConfig:
+    """Everything that decides a model: *model = f(config)*."""
+
+    name: str
+    """Name of the run, for people."""
+    output: str
+    """Folder of the run: checkpoints, metrics, predictions, report. Its parent must exist."""
+    schema: Schema
+    data: DataConfig
+    model: ModelConfig = kind_field(MODELS)
+    embeddings: EmbeddingsConfig = EmbeddingsConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    loop: LoopConfig = LoopConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    seed: int = 0
+    """Of initial weights, row order and dropout."""
+
+
+def check(config: ExperimentConfig) -> None:
+    """Checks what crosses sections.
+
+    Raises:
+        Problems: names every problem at once.
+    """
+    problems = list(_problems(config))
+    if problems:
+        raise Problems("config", problems)
+
+
+def _problems(config: ExperimentConfig) -> Iterator[MlenvError]:
+    schema, data, loop = config.schema, config.data, config.loop
+    for task in config.objective.task_weights.keys() - set(schema.tasks):
+        yield ConfigError(f"objective.task_weights.{task}", expected="a task of schema.labels", received=task, fix=nearest(task, schema.tasks))
+    for name, window in (("validation", data.validation), ("test", data.test)):
+        if window is not None and window.overlaps(data.train):
+            yield ConfigError(f"data.{name}", expected=f"days outside the training window ({data.train})", received=str(window))
+    if bool(loop.evaluate_every_steps) != (data.validation is not None):
+        fix = "set both or neither"
+        yield ConfigError("loop.evaluate_every_steps", expected="a number of steps exactly when data.validation is set", received=loop.evaluate_every_steps, fix=fix)
+    if config.embeddings.engine == "torchrec" and importlib.util.find_spec("torchrec") is None:
+        fix = "pip install 'mlenv[torchrec]', or embeddings.engine=torch"
+        yield ConfigError("embeddings.engine", expected="an engine that is installed", received="torchrec", fix=fix)
+

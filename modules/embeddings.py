@@ -1,0 +1,211 @@
+"""Embedding tables behind one interface and two engines: ids in, vectors out."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import accumulate, groupby
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mlenv.batch import SparseFeatures
+from mlenv.config import EmbeddingsConfig
+from mlenv.errors import require
+from mlenv.schema import Lookup, Schema, SparseKey
+
+_BLOCK_ROWS = 65_536
+
+
+@dataclass(frozen=True)
+class EmbeddedSequence:
+    """Vectors of past events, jagged: the events of example 0, then of example 1, ..."""
+
+    values: Tensor
+    """``(events, dim)``: the fields of an event side by side, in schema order."""
+    lengths: Tensor
+    """``(batch,)`` int32, events per example."""
+
+
+@dataclass(frozen=True)
+class EmbeddedFeatures:
+    """Vectors of one batch."""
+
+    pooled: Tensor
+    """``(batch, pooled_dim)``: one vector per key that is not in a sequence, side by side in the order of ``pooled_keys``."""
+    sequences: dict[str, EmbeddedSequence]
+    """By feature."""
+
+
+class EmbeddingLayout:
+    """Which keys are looked up how, and how wide the result is; the same for both engines."""
+
+    def __init__(self, schema: Schema) -> None:
+        self.tables = schema.tables
+        self.keys = schema.sparse_keys
+        self.pooled_keys = tuple(key for key in self.keys if key.group != "sequence")
+        self.pooled_dims = tuple(schema.tables[key.table].embedding_dim for key in self.pooled_keys)
+        self.sequence_dims = {
+            feature: sum(schema.tables[key.table].embedding_dim for key in keys)
+            for feature, keys in groupby((key for key in self.keys if key.group == "sequence"), key=lambda key: key.feature)
+        }
+        """Width of an event, by feature."""
+
+    def lookups(self) -> Iterator[tuple[Lookup, slice, tuple[SparseKey, ...]]]:
+        """Each lookup that occurs, where its keys lie, and the keys."""
+        start = 0
+        for lookup, group in groupby(self.keys, key=lambda key: key.lookup):
+            keys = tuple(group)
+            yield lookup, slice(start, start + len(keys)), keys
+            start += len(keys)
+
+
+class TorchEmbeddings(nn.Module):
+    """Plain tables with sparse gradients, looked up with PyTorch's own operators: runs and exports everywhere."""
+
+    def __init__(self, schema: Schema, config: EmbeddingsConfig, seed: int) -> None:
+        super().__init__()
+        self.layout = EmbeddingLayout(schema)
+        self.tables = nn.ModuleDict()
+        for name, table in schema.tables.items():
+            weight = torch.empty(table.num_embeddings, table.embedding_dim)
+            fill_initial_rows(weight, 0, name, config.init_std, seed)
+            self.tables[name] = nn.Embedding.from_pretrained(weight, freeze=False, sparse=True)
+
+    def forward(self, sparse: SparseFeatures) -> EmbeddedFeatures:
+        """
+        Args:
+            sparse: the keys of the schema, in its order.
+
+        Returns:
+            float32 vectors; an empty bag is zeros.
+        """
+        offsets = [0, *accumulate(sparse.value_counts)]
+        lengths = sparse.lengths.view(len(sparse.keys), -1)
+        pooled: list[Tensor] = []
+        events: dict[str, list[EmbeddedSequence]] = {}
+        for place, key in enumerate(self.layout.keys):
+            ids = sparse.values[offsets[place] : offsets[place + 1]]
+            weight = self.tables[key.table].weight
+            if key.group == "sequence":
+                values = functional.embedding(ids, weight, sparse=True)
+                events.setdefault(key.feature, []).append(EmbeddedSequence(values, lengths[place]))
+            elif key.group == "single" and len(ids) == sparse.batch_size:
+                pooled.append(functional.embedding(ids, weight, sparse=True))
+            else:
+                weights = sparse.weights[offsets[place] : offsets[place + 1]] if sparse.weights is not None and key.group == "weighted_bag" else None
+                pooled.append(_embedding_bag(ids, weight, lengths[place], weights, self.layout.tables[key.table].pooling))
+        return EmbeddedFeatures(_side_by_side(pooled, lengths), _joined_fields(events))
+
+
+class TorchRecEmbeddings(nn.Module):
+    """Tables in TorchRec's collections, to be sharded and given a fused optimizer by ``mlenv.loops.sharding``.
+
+    Source: Ivchenko et al., "TorchRec: a PyTorch Domain Library for Recommendation Systems", RecSys 2022.
+    """
+
+    def __init__(self, schema: Schema, config: EmbeddingsConfig, seed: int) -> None:
+        super().__init__()
+        torchrec = require("torchrec", extra="torchrec")
+        self.layout = EmbeddingLayout(schema)
+        self.collections = nn.ModuleDict()
+        for lookup, _, keys in self.layout.lookups():
+            names: dict[str, list[str]] = {}
+            for key in keys:
+                names.setdefault(key.table, []).append(key.name)
+            shapes = {name: {"num_embeddings": schema.tables[name].num_embeddings, "embedding_dim": schema.tables[name].embedding_dim} for name in names}
+            meta = torch.device("meta")
+            if lookup == "unpooled":
+                tables = [torchrec.EmbeddingConfig(name=name, feature_names=features, **shapes[name]) for name, features in names.items()]
+                self.collections[lookup] = torchrec.EmbeddingCollection(tables=tables, device=meta)
+            else:
+                bags = [
+                    torchrec.EmbeddingBagConfig(
+                        name=name, feature_names=features, pooling=torchrec.PoolingType[schema.tables[name].pooling.upper()], **shapes[name]
+                    )
+                    for name, features in names.items()
+                ]
+                self.collections[lookup] = torchrec.EmbeddingBagCollection(tables=bags, is_weighted=lookup == "pooled_weighted", device=meta)
+
+    def forward(self, sparse: SparseFeatures) -> EmbeddedFeatures:
+        """
+        Args:
+            sparse: the keys of the schema, in its order.
+
+        Returns:
+            float32 vectors; an empty bag is zeros.
+        """
+        lengths = sparse.lengths.view(len(sparse.keys), -1)
+        pooled: list[Tensor] = []
+        events: dict[str, list[EmbeddedSequence]] = {}
+        for lookup, where, keys in self.layout.lookups():
+            found = self.collections[lookup](sparse.select(where.start, where.stop).to_keyed_jagged_tensor())
+            if lookup != "unpooled":
+                pooled += [found.values()] if list(found.keys()) == [key.name for key in keys] else [found[key.name] for key in keys]
+                continue
+            for place, key in enumerate(keys, start=where.start):
+                vectors = found[key.name].values()
+                if key.group == "sequence":
+                    events.setdefault(key.feature, []).append(EmbeddedSequence(vectors, lengths[place]))
+                elif key.group == "single" and len(vectors) == sparse.batch_size:
+                    pooled.append(vectors)
+                else:
+                    weights = found[key.name].weights_or_none() if key.group == "weighted_bag" else None
+                    pooled.append(_pool(vectors, lengths[place], weights, self.layout.tables[key.table].pooling))
+        return EmbeddedFeatures(_side_by_side(pooled, lengths), _joined_fields(events))
+
+
+Embeddings = TorchEmbeddings | TorchRecEmbeddings
+
+ENGINES = {"torch": TorchEmbeddings, "torchrec": TorchRecEmbeddings}
+
+
+def fill_initial_rows(rows: Tensor, first_row: int, table: str, std: float, seed: int) -> None:
+    """Fills rows ``first_row`` and following of a table with their initial values.
+
+    A row's values depend on the seed, the table's name and the row alone, so that every engine and every sharding
+    starts from the same table.
+    """
+    digest = hashlib.sha256(f"{seed} {table}".encode()).digest()
+    last_row = first_row + rows.shape[0]
+    for block in range(first_row // _BLOCK_ROWS, -(-last_row // _BLOCK_ROWS)):
+        generator = torch.Generator().manual_seed((int.from_bytes(digest[:7], "little") + block) % 2**63)
+        values = torch.randn(_BLOCK_ROWS, rows.shape[1], generator=generator) * std
+        start, stop = max(first_row, block * _BLOCK_ROWS), min(last_row, (block + 1) * _BLOCK_ROWS)
+        with torch.no_grad():
+            rows[start - first_row : stop - first_row] = values[start - block * _BLOCK_ROWS : stop - block * _BLOCK_ROWS].to(rows.device)
+
+
+def rows_of_bags(lengths: Tensor, total: int) -> Tensor:
+    """The example of every id: ``[2, 0, 1]`` gives ``[0, 0, 2]``. ``total`` is the sum of the lengths, known on the host."""
+    examples = torch.arange(len(lengths), device=lengths.device)
+    return torch.repeat_interleave(examples, lengths, output_size=total)
+
+
+def _pool(vectors: Tensor, lengths: Tensor, weights: Tensor | None, pooling: str) -> Tensor:
+    """Sums ``(ids, dim)`` vectors per bag to ``(batch, dim)``; mean divides by the number of ids."""
+    if weights is not None:
+        vectors = vectors * weights.unsqueeze(1)
+    pooled = vectors.new_zeros(len(lengths), vectors.shape[1]).index_add(0, rows_of_bags(lengths, len(vectors)), vectors)
+    return pooled / lengths.clamp(min=1).unsqueeze(1) if pooling == "mean" else pooled
+
+
+def _embedding_bag(ids: Tensor, weight: Tensor, lengths: Tensor, weights: Tensor | None, pooling: str) -> Tensor:
+    offsets = torch.cumsum(lengths, 0) - lengths
+    pooled = functional.embedding_bag(ids, weight, offsets, mode="sum", sparse=True, per_sample_weights=weights)
+    return pooled / lengths.clamp(min=1).unsqueeze(1) if pooling == "mean" else pooled
+
+
+def _side_by_side(vectors: list[Tensor], lengths: Tensor) -> Tensor:
+    if not vectors:
+        return torch.zeros(lengths.shape[1], 0, device=lengths.device)
+    return vectors[0] if len(vectors) == 1 else torch.cat(vectors, dim=1)
+
+
+def _joined_fields(events: dict[str, list[EmbeddedSequence]]) -> dict[str, EmbeddedSequence]:
+    """Fields of one sequence side by side; their lengths agree, which the encoding checked."""
+    return {
+        feature: EmbeddedSequence(_side_by_side([field.values for field in fields], fields[0].lengths), fields[0].lengths) for feature, fields in events.items()
+    }

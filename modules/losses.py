@@ -1,0 +1,21 @@
+"""Losses from logits."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional
+
+
+def weighted_binary_cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    """Weighted mean of the binary cross-entropy of each task.
+
+    Args:
+        logits: ``(batch, tasks)`` float32.
+        labels: ``(batch, tasks)`` float32 in [0, 1].
+        weights: ``(batch, tasks)`` float32, >= 0; 0 hides the example from the task.
+
+    Returns:
+        ``(tasks,)`` float32; 0 for a task that no example of the batch counts for.
+    """
+    losses = functional.binary_cross_entropy_with_logits(logits, labels, reduction="none")
+    return (losses * weights).sum(0) / weights.sum(0).clamp(min=1e-12)

@@ -1,0 +1,74 @@
+"""The standard ranking model: representation -> crossing beside a deep network -> one head per task."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from mlenv.batch import Batch
+from mlenv.kinds import kind_field
+from mlenv.modules.cross_net import CrossNetConfig
+from mlenv.modules.embeddings import Embeddings
+from mlenv.modules.heads import TaskHeads
+from mlenv.modules.mlp import MLPConfig, check_dropout
+from mlenv.modules.representation import Representation
+from mlenv.schema import Schema
+
+
+class CrossingConfig(Protocol):
+    """Builds a module ``(batch, input_dim) -> (batch, output_dim)`` with an attribute ``output_dim``."""
+
+    def build(self, input_dim: int) -> nn.Module: ...
+
+
+CROSSINGS: dict[str, type | str] = {"cross_net": CrossNetConfig}
+"""Crossings by the name that ``model.crossing.kind`` takes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankerConfig:
+    """With the crossing ``cross_net`` this is DCN-V2 in its parallel form; without a crossing, a plain deep network."""
+
+    crossing: CrossingConfig | None = kind_field(CROSSINGS, default=CrossNetConfig())
+    """Explicit interactions of features, beside the deep network; null leaves them out."""
+    deep: MLPConfig = MLPConfig()
+    """Implicit interactions."""
+    heads: MLPConfig = MLPConfig(hidden=(64,))
+    """Hidden layers of each task's own network."""
+    input_dropout: float = 0.0
+    """Share of the representation that a training step hides."""
+
+    def __post_init__(self) -> None:
+        check_dropout("input_dropout", self.input_dropout)
+
+    def build(self, schema: Schema, embeddings: Embeddings) -> Ranker:
+        return Ranker(self, schema, embeddings)
+
+
+class Ranker(nn.Module):
+    """Source: Wang et al., "DCN V2", WWW 2021, arXiv:2008.13535, section 3.4 (parallel structure); heads by shared bottom."""
+
+    def __init__(self, config: RankerConfig, schema: Schema, embeddings: Embeddings) -> None:
+        super().__init__()
+        self.representation = Representation(schema, embeddings)
+        input_dim = self.representation.output_dim
+        self.dropout = nn.Dropout(config.input_dropout)
+        self.deep = config.deep.build(input_dim)
+        self.crossing = None if config.crossing is None else config.crossing.build(input_dim)
+        crossed_dim = 0 if self.crossing is None else int(self.crossing.output_dim)  # type: ignore[arg-type]
+        self.heads = TaskHeads(config.heads, self.deep.output_dim + crossed_dim, schema.tasks)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """
+        Returns:
+            logits ``(batch, tasks)`` float32.
+        """
+        inputs = self.dropout(self.representation(batch))
+        outputs = self.deep(inputs)
+        if self.crossing is not None:
+            outputs = torch.cat([self.crossing(inputs), outputs], dim=1)
+        logits: Tensor = self.heads(outputs)
+        return logits
