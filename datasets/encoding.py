@@ -257,20 +257,15 @@ def _table_rows(ids: pa.Array, key: SparseKey, table: Table, row_of: Callable[[i
 
 def _elements(column: pa.Array, max_length: int, keep: str) -> tuple[pa.Array, Integers]:
     """The elements of a list column, cut to ``max_length`` per row, and their offsets; a null list is empty."""
+    if pa.types.is_map(column.type):
+        column = column.cast(pa.list_(pa.struct([("key", column.type.key_type), ("value", column.type.item_type)])))
     lengths = pc.fill_null(pc.list_value_length(column), 0).cast(pa.int64()).to_numpy()
     if max_length and len(lengths) and lengths.max() > max_length:
         ends = np.cumsum(lengths)
         kept = np.minimum(lengths, max_length)
         places, offsets = _ranges(ends - kept if keep == "last" else ends - lengths, kept)
-        return _flatten(column).take(pa.array(places)), offsets
-    return _flatten(column), np.concatenate([[0], np.cumsum(lengths)])
-
-
-def _flatten(column: pa.Array) -> pa.Array:
-    """All elements of a list or map column in row order; null lists give nothing."""
-    if pa.types.is_map(column.type):
-        column = column.cast(pa.list_(pa.struct([("id", column.type.key_type), ("weight", column.type.item_type)])))
-    return column.flatten()
+        return column.flatten().take(pa.array(places)), offsets
+    return column.flatten(), np.concatenate([[0], np.cumsum(lengths)])
 
 
 def _without_nulls(elements: pa.Array, offsets: Integers, weights: Floats | None, key: SparseKey) -> tuple[pa.Array, Integers, Floats | None]:

@@ -18,7 +18,8 @@ def hash_ids(ids: pa.Array) -> NDArray[np.uint64]:
     if pa.types.is_integer(ids.type):
         return splitmix64(ids.cast(pa.int64()).to_numpy().view(np.uint64))
     encoded = ids if pa.types.is_dictionary(ids.type) else ids.dictionary_encode()
-    distinct = np.fromiter((xxhash.xxh64_intdigest(text) for text in encoded.dictionary.to_pylist()), np.uint64, len(encoded.dictionary))
+    texts = encoded.dictionary.cast(pa.large_binary()).to_pylist()
+    distinct = np.fromiter(map(xxhash.xxh64_intdigest, texts), np.uint64, len(texts))
     hashed: NDArray[np.uint64] = distinct[encoded.indices.to_numpy()]
     return hashed
 

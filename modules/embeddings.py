@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate, groupby
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,9 @@ from mlenv.batch import SparseFeatures
 from mlenv.config import EmbeddingsConfig
 from mlenv.errors import require
 from mlenv.schema import Lookup, Schema, SparseKey
+
+if TYPE_CHECKING:
+    from torchrec import KeyedTensor
 
 _BLOCK_ROWS = 65_536
 
@@ -121,12 +125,7 @@ class TorchRecEmbeddings(nn.Module):
                 tables = [torchrec.EmbeddingConfig(name=name, feature_names=features, **shapes[name]) for name, features in names.items()]
                 self.collections[lookup] = torchrec.EmbeddingCollection(tables=tables, device=meta)
             else:
-                bags = [
-                    torchrec.EmbeddingBagConfig(
-                        name=name, feature_names=features, pooling=torchrec.PoolingType[schema.tables[name].pooling.upper()], **shapes[name]
-                    )
-                    for name, features in names.items()
-                ]
+                bags = [torchrec.EmbeddingBagConfig(name=name, feature_names=features, **shapes[name]) for name, features in names.items()]
                 self.collections[lookup] = torchrec.EmbeddingBagCollection(tables=bags, is_weighted=lookup == "pooled_weighted", device=meta)
 
     def forward(self, sparse: SparseFeatures) -> EmbeddedFeatures:
@@ -143,7 +142,7 @@ class TorchRecEmbeddings(nn.Module):
         for lookup, where, keys in self.layout.lookups():
             found = self.collections[lookup](sparse.select(where.start, where.stop).to_keyed_jagged_tensor())
             if lookup != "unpooled":
-                pooled += [found.values()] if list(found.keys()) == [key.name for key in keys] else [found[key.name] for key in keys]
+                pooled += self._pooled(found, keys, lengths[where])
                 continue
             for place, key in enumerate(keys, start=where.start):
                 vectors = found[key.name].values()
@@ -155,6 +154,13 @@ class TorchRecEmbeddings(nn.Module):
                     weights = found[key.name].weights_or_none() if key.group == "weighted_bag" else None
                     pooled.append(_pool(vectors, lengths[place], weights, self.layout.tables[key.table].pooling))
         return EmbeddedFeatures(_side_by_side(pooled, lengths), _joined_fields(events))
+
+    def _pooled(self, found: KeyedTensor, keys: tuple[SparseKey, ...], lengths: Tensor) -> list[Tensor]:
+        """Pooled vectors in the order of the keys. Means are divided here: fbgemm's fused update of its own means on a CPU forgets to."""
+        poolings = [self.layout.tables[key.table].pooling for key in keys]
+        if "mean" not in poolings and list(found.keys()) == [key.name for key in keys]:
+            return [found.values()]
+        return [_divide(found[key.name], bag_lengths, pooling) for key, bag_lengths, pooling in zip(keys, lengths, poolings, strict=True)]
 
 
 Embeddings = TorchEmbeddings | TorchRecEmbeddings
@@ -189,13 +195,18 @@ def _pool(vectors: Tensor, lengths: Tensor, weights: Tensor | None, pooling: str
     if weights is not None:
         vectors = vectors * weights.unsqueeze(1)
     pooled = vectors.new_zeros(len(lengths), vectors.shape[1]).index_add(0, rows_of_bags(lengths, len(vectors)), vectors)
-    return pooled / lengths.clamp(min=1).unsqueeze(1) if pooling == "mean" else pooled
+    return _divide(pooled, lengths, pooling)
 
 
 def _embedding_bag(ids: Tensor, weight: Tensor, lengths: Tensor, weights: Tensor | None, pooling: str) -> Tensor:
     offsets = torch.cumsum(lengths, 0) - lengths
     pooled = functional.embedding_bag(ids, weight, offsets, mode="sum", sparse=True, per_sample_weights=weights)
-    return pooled / lengths.clamp(min=1).unsqueeze(1) if pooling == "mean" else pooled
+    return _divide(pooled, lengths, pooling)
+
+
+def _divide(sums: Tensor, lengths: Tensor, pooling: str) -> Tensor:
+    """Sums per bag as they are, or as means; an empty bag stays zeros."""
+    return sums / lengths.clamp(min=1).unsqueeze(1) if pooling == "mean" else sums
 
 
 def _side_by_side(vectors: list[Tensor], lengths: Tensor) -> Tensor:

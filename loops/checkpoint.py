@@ -1,0 +1,145 @@
+"""Checkpoints: a directory that is there whole or not at all, and that is verified before anything is read from it.
+
+Tensors are safetensors files written by PyTorch's distributed checkpointing, each rank its own shards, so that they load
+on another number of ranks; everything else is JSON and YAML. Nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+import torch.distributed.checkpoint as distributed_checkpoint
+import xxhash
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+
+from mlenv.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+_PREFIX = "step-"
+
+
+def save_checkpoint(folder: Path, step: int, tensors: Mapping[str, Any], documents: Mapping[str, str], keep: int) -> Path:
+    """Writes ``folder/step-NNNNNNNN`` and removes all but the newest ``keep``.
+
+    Args:
+        tensors: by name; plain tensors or sharded ones.
+        documents: text files by name.
+    """
+    final = folder / f"{_PREFIX}{step:08d}"
+    temporary = folder / f".{final.name}.part"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of its own single-process mode
+        distributed_checkpoint.save(
+            dict(tensors), storage_writer=HuggingFaceStorageWriter(str(temporary), save_distributed=True), no_dist=not torch.distributed.is_initialized()
+        )
+    for name, text in documents.items():
+        (temporary / name).write_text(text)
+    manifest = {file.name: {"bytes": file.stat().st_size, "xxh3_128": _checksum(file)} for file in sorted(temporary.iterdir())}
+    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2))
+    for path in (*temporary.iterdir(), temporary):
+        _sync(path)
+    shutil.rmtree(final, ignore_errors=True)
+    temporary.rename(final)
+    _sync(folder)
+    for old in list_checkpoints(folder)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def load_tensors(checkpoint: Path, tensors: Mapping[str, Any]) -> None:
+    """Reads a verified checkpoint into tensors that exist already.
+
+    Raises:
+        CheckpointError: the checkpoint lacks a tensor, or holds it in another shape.
+    """
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    reader = HuggingFaceStorageReader(str(checkpoint))
+    stored = reader.read_metadata().state_dict_metadata
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of ShardedTensor, which TorchRec still gives, and of single-process mode
+            for name, tensor in tensors.items():
+                shape = getattr(stored.get(name), "size", None)
+                if shape != tensor.size():
+                    received = "no such tensor" if shape is None else f"shape {tuple(shape)}"
+                    expected = f"shape {tuple(tensor.size())}"
+                    raise CheckpointError(f"{checkpoint}, tensor {name!r}", expected=expected, received=received, fix="use the config it was saved with")
+            distributed_checkpoint.load(dict(tensors), storage_reader=reader, no_dist=not torch.distributed.is_initialized())
+    except CheckpointException as error:
+        raise CheckpointError(str(checkpoint), expected="tensors that load", received=" ".join(str(error).split())[:300]) from error
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Finished checkpoints, oldest first."""
+    return sorted(path for path in folder.glob(f"{_PREFIX}*") if path.is_dir())
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that is whole; damaged ones are named and passed over. None when there has never been one.
+
+    Raises:
+        CheckpointError: there are checkpoints, and all are damaged.
+    """
+    checkpoints = list_checkpoints(folder)
+    damage: CheckpointError | None = None
+    for checkpoint in reversed(checkpoints):
+        try:
+            verify(checkpoint)
+        except CheckpointError as error:
+            logger.warning("%s The checkpoint before it is used.", error)
+            damage = error
+        else:
+            return checkpoint
+    if damage is not None:
+        raise damage
+    return None
+
+
+def verify(checkpoint: Path) -> None:
+    """Compares every file of a checkpoint with its manifest.
+
+    Raises:
+        CheckpointError: names the first file that is missing, cut or changed.
+    """
+    fix = "remove the checkpoint; an older one or a new training takes its place"
+    try:
+        manifest = json.loads((checkpoint / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(str(checkpoint / MANIFEST), expected="the manifest of the checkpoint", received=str(error), fix=fix) from error
+    for name, entry in manifest.items():
+        file = checkpoint / name
+        size = file.stat().st_size if file.is_file() else None
+        if size != entry["bytes"]:
+            raise CheckpointError(str(file), expected=f"{entry['bytes']} bytes", received="no file" if size is None else f"{size} bytes", fix=fix)
+        if (checksum := _checksum(file)) != entry["xxh3_128"]:
+            raise CheckpointError(str(file), expected=f"checksum {entry['xxh3_128']}", received=checksum, fix=fix)
+
+
+def _checksum(file: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,66 @@
+"""Scoring held-out rows: predictions, metrics, files of predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from mlenv.batch import Batch
+from mlenv.errors import ConfigError
+from mlenv.loops.fit import BatchSource
+from mlenv.loops.metrics import BinaryMetrics, ReliabilityCurve
+from mlenv.loops.predictions import PredictionWriter
+from mlenv.schema import Schema
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model is worth on one window."""
+
+    metrics: dict[str, float]
+    """``task/metric``, and ``task/metric@column=value`` by segment."""
+    reliability: dict[str, ReliabilityCurve]
+    """By task."""
+
+
+def score(model: nn.Module, source: BatchSource) -> Iterator[tuple[Batch, Tensor]]:
+    """Batches with their predictions ``(batch, tasks)`` float32 in (0, 1), without training; the model's mode is put back."""
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            for batch in source.batches():
+                yield batch, torch.sigmoid(model(batch.to(device, non_blocking=True)))
+    finally:
+        model.train(was_training)
+
+
+def evaluate(model: nn.Module, source: BatchSource, schema: Schema, predictions: Path | None = None) -> Evaluation:
+    """Measures a model on a source with metadata; with a folder given, its predictions are written there as well."""
+    metrics = BinaryMetrics(schema.tasks, schema.segments, schema.request)
+    with PredictionWriter(predictions, schema.tasks) if predictions else nullcontext() as writer:
+        for batch, scored in score(model, source):
+            metrics.update(scored, batch.labels, batch.weights, batch.metadata)
+            if writer is not None:
+                writer.write(batch, scored)
+    return Evaluation(metrics.compute(), {task: metrics.reliability(task) for task in schema.tasks})
+
+
+def predict(model: nn.Module, source: BatchSource, schema: Schema, predictions: Path) -> int:
+    """Writes one row of predictions per row of the source, with the row key, and returns how many.
+
+    Raises:
+        ConfigError: the schema names no row key, so that nobody could tell which row a prediction belongs to.
+    """
+    if not schema.row_key:
+        raise ConfigError("schema.row_key", expected="columns that identify a row", received=[], fix="name them in the schema")
+    with PredictionWriter(predictions, schema.tasks) as writer:
+        for batch, scored in score(model, source):
+            writer.write(batch, scored)
+        return writer.num_rows

@@ -1,0 +1,90 @@
+"""Models whose tables live in TorchRec: placed on ranks by its planner, updated by its fused optimizer."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+
+from mlenv.config import EmbeddingsConfig
+from mlenv.errors import require
+from mlenv.modules.embeddings import fill_initial_rows
+
+
+def shard(model: nn.Module, config: EmbeddingsConfig, device: torch.device, seed: int) -> nn.Module:
+    """Gives the model's TorchRec tables a place, memory, initial rows and a fused row-wise Adagrad.
+
+    One process goes the same way as many. A process group is started when there is none.
+    """
+    require("torchrec", extra="torchrec")
+    from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
+    from torchrec import EmbeddingBagCollection, EmbeddingCollection
+    from torchrec.distributed import DistributedModelParallel
+    from torchrec.distributed.embedding import EmbeddingCollectionSharder
+    from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+    from torchrec.distributed.embedding_types import EmbeddingComputeKernel
+    from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
+    from torchrec.distributed.types import ShardingType
+    from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
+
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
+    options = {"lr": config.learning_rate, "eps": config.eps, "weight_decay": config.weight_decay}
+    constraints = {}
+    for module in model.modules():
+        if isinstance(module, (EmbeddingBagCollection, EmbeddingCollection)):
+            apply_optimizer_in_backward(RowWiseAdagrad, module.parameters(), options)
+            # Left alone, the planner replicates small tables, and replicas have no fused optimizer.
+            sharding_types = [kind.value for kind in ShardingType if kind != ShardingType.DATA_PARALLEL]
+            for table in module.embedding_bag_configs() if isinstance(module, EmbeddingBagCollection) else module.embedding_configs():
+                constraints[table.name] = ParameterConstraints(sharding_types=sharding_types, compute_kernels=[EmbeddingComputeKernel.FUSED.value])
+    sharders = [EmbeddingBagCollectionSharder(), EmbeddingCollectionSharder()]
+    group = torch.distributed.group.WORLD
+    assert group is not None
+    with warnings.catch_warnings(), _quiet("torchrec"), _quiet(""):
+        warnings.simplefilter("ignore")  # the planner talks of hardware that a user cannot change
+        planner = EmbeddingShardingPlanner(topology=Topology(world_size=group.size(), compute_device=device.type), constraints=constraints)
+        plan = planner.collective_plan(model, sharders, group)
+        sharded = DistributedModelParallel(model, device=device, plan=plan, sharders=sharders)
+    # Says at the first forward pass how torch's own callers should ask whether they are traced.
+    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
+    for name, weight in sharded.state_dict().items():
+        if is_table(name):
+            for rows, first_row in _local_rows(weight):
+                fill_initial_rows(rows, first_row, table_of(name), config.init_std, seed)
+    return sharded
+
+
+def is_table(name: str) -> bool:
+    """Whether a name of a TorchRec state dict is an embedding table."""
+    return ".embedding_bags." in name or ".embeddings." in name and ".collections." in name
+
+
+def table_of(name: str) -> str:
+    """The table in ``...embedding_bags.item.weight``."""
+    return name.removesuffix(".weight").rsplit(".", 1)[1]
+
+
+def _local_rows(weight: Any) -> list[tuple[Tensor, int]]:
+    """The rows of a sharded table that this rank holds, and the number of the first."""
+    if isinstance(weight, Tensor) and not hasattr(weight, "local_shards"):
+        return [(weight, 0)]
+    return [(piece.tensor, piece.metadata.shard_offsets[0]) for piece in weight.local_shards()]
+
+
+class _quiet:
+    """Holds back the warnings of a logger, by name; the root logger's name is empty."""
+
+    def __init__(self, name: str) -> None:
+        self._logger = logging.getLogger(name)
+
+    def __enter__(self) -> None:
+        self._level = self._logger.level
+        self._logger.setLevel(logging.ERROR)
+
+    def __exit__(self, *_: object) -> None:
+        self._logger.setLevel(self._level)

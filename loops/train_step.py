@@ -1,0 +1,75 @@
+"""One step of training: forward, backward, update."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from lightning.fabric import Fabric
+from torch import Tensor, nn
+
+from mlenv.batch import Batch, Position
+from mlenv.modules.losses import weighted_binary_cross_entropy
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What a step leaves behind."""
+
+    num_examples: int
+    position: Position
+    """Where the source continues after the batch that was trained."""
+    losses: Tensor
+    """``(tasks,)`` float32, mean loss of each task, on the device: reading it waits for the step."""
+    weights: Tensor
+    """``(tasks,)`` float32, sum of the weights that each loss is a mean over."""
+
+
+class TrainStep(Protocol):
+    """Trains on the next batch; an eager step and one that reads ahead share the loop."""
+
+    def advance(self, batches: Iterator[Batch]) -> StepOutput | None:
+        """Runs forward, backward and update on the next batch; None once any rank has no more data."""
+        ...
+
+
+class EagerStep:
+    """The plain step: one batch at a time, nothing overlapped.
+
+    Args:
+        optimizers: each is stepped after every backward pass; tables with a fused optimizer need none.
+        task_weights: ``(tasks,)`` weight of each task's loss in the sum.
+        clip: parameters whose joint gradient norm is limited, and the limit; no limit at 0.
+    """
+
+    def __init__(
+        self,
+        fabric: Fabric,
+        model: nn.Module,
+        optimizers: list[torch.optim.Optimizer],
+        task_weights: Tensor,
+        clip: tuple[list[nn.Parameter], float],
+    ) -> None:
+        self._fabric, self._model, self._optimizers, self._clip = fabric, model, optimizers, clip
+        self._task_weights = task_weights.to(fabric.device)
+
+    def advance(self, batches: Iterator[Batch]) -> StepOutput | None:
+        """Trains on the next batch; None when there is none."""
+        batch = next(batches, None)
+        if batch is None:
+            return None
+        batch = batch.to(self._fabric.device, non_blocking=True)
+        self._model.train()
+        with self._fabric.autocast():
+            logits = self._model(batch)
+        losses = weighted_binary_cross_entropy(logits, batch.labels, batch.weights)
+        self._fabric.backward((losses * self._task_weights).sum())
+        parameters, norm = self._clip
+        if norm:
+            nn.utils.clip_grad_norm_(parameters, norm)
+        for optimizer in self._optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        return StepOutput(len(batch), batch.position, losses.detach(), batch.weights.sum(0))

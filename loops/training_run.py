@@ -1,0 +1,153 @@
+"""Where a training's numbers and checkpoints go: the journal, the checkpoints, the progress bar."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mlenv.batch import Position
+from mlenv.errors import CheckpointError
+from mlenv.loops.checkpoint import load_tensors, newest_checkpoint, save_checkpoint
+from mlenv.loops.fit import Progress
+from mlenv.loops.journal import Journal
+from mlenv.loops.train_step import StepOutput
+from mlenv.loops.training_state import random_tensors, set_random_tensors
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINT_FOLDER = "checkpoints"
+PROGRESS = "progress.json"
+CONFIG = "config.yaml"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """How often a run writes, and what it writes about itself."""
+
+    tasks: tuple[str, ...]
+    log_every_steps: int
+    keep_checkpoints: int
+    total_steps: int
+    """Steps that the whole training will take, for the progress bar."""
+    config: str
+    """The composed config as YAML; saved with every checkpoint."""
+    data_fingerprint: str
+    """Of the training data: a checkpoint's position means nothing in other data."""
+
+
+class TrainingRun:
+    """Keeps a run in its output folder.
+
+    Args:
+        output: folder of the run.
+        state: gives all tensors of model and optimizers; they are saved as they are, and loaded in place.
+        begin: prepares a model that starts from nothing, such as its normalization.
+        check: refuses the config of a checkpoint that the training cannot continue from.
+        validate: measures the model on held-out rows: ``task/metric`` to value.
+    """
+
+    def __init__(
+        self,
+        output: Path,
+        options: RunOptions,
+        *,
+        state: Callable[[], dict[str, Any]],
+        begin: Callable[[], None],
+        check: Callable[[Path, str], None],
+        validate: Callable[[], Mapping[str, float]],
+    ) -> None:
+        self.journal = Journal(output / "metrics.jsonl")
+        self._checkpoints, self._options = output / CHECKPOINT_FOLDER, options
+        self._state, self._begin, self._check, self._validate = state, begin, check, validate
+        # What was seen since the last record; part of the checkpoint, so that a resumed run logs the same numbers.
+        self._sums = {name: torch.zeros(len(options.tasks), dtype=torch.float64) for name in ("losses", "weights")}
+        self._seconds, self._examples = time.perf_counter(), 0
+        self._bar: tqdm[Any] | None = None
+
+    def restore(self) -> Progress:
+        """Continues from the newest good checkpoint, or begins.
+
+        Raises:
+            CheckpointError: the checkpoint belongs to another config or to other data, or all checkpoints are damaged.
+        """
+        checkpoint = newest_checkpoint(self._checkpoints)
+        if checkpoint is None:
+            self._begin()
+            progress = Progress()
+        else:
+            progress = self._load(checkpoint)
+            logger.info("continues from %s, step %d", checkpoint, progress.step)
+        self.journal.truncate(progress.step)
+        self._bar = tqdm(total=self._options.total_steps, initial=progress.step, unit="step", desc="train", disable=None, leave=False, dynamic_ncols=True)
+        self._seconds, self._examples = time.perf_counter(), progress.examples
+        return progress
+
+    def log(self, progress: Progress, output: StepOutput) -> None:
+        """Adds a step to the running means, and writes them every ``log_every_steps``. Only then waits for the device."""
+        self._sums = {
+            "losses": self._sums["losses"].to(output.losses.device) + output.losses * output.weights,
+            "weights": self._sums["weights"].to(output.weights.device) + output.weights,
+        }
+        if progress.step % self._options.log_every_steps == 0:
+            self._record(progress)
+        if self._bar is not None:
+            self._bar.update()
+
+    def evaluate(self, progress: Progress) -> None:
+        """Writes the metrics of the validation window."""
+        started = time.perf_counter()
+        self.journal.append(progress.step, {f"validation/{name}": value for name, value in self._validate().items()})
+        self._seconds += time.perf_counter() - started
+
+    def save(self, progress: Progress) -> None:
+        """Writes a checkpoint. What was logged before it is on the disk first."""
+        self.journal.sync()
+        tensors = {**self._state(), **random_tensors(), **{f"run.{name}": sums.cpu() for name, sums in self._sums.items()}}
+        record = {**dataclasses.asdict(progress), "data_fingerprint": self._options.data_fingerprint}
+        documents = {PROGRESS: json.dumps(record, indent=2), CONFIG: self._options.config}
+        save_checkpoint(self._checkpoints, progress.step, tensors, documents, self._options.keep_checkpoints)
+
+    def close(self) -> None:
+        """Ends the progress bar."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def _load(self, checkpoint: Path) -> Progress:
+        self._check(checkpoint, (checkpoint / CONFIG).read_text())
+        record = json.loads((checkpoint / PROGRESS).read_text())
+        if (found := record.pop("data_fingerprint")) != self._options.data_fingerprint:
+            fix = "put the files back as they were, or start over with another output"
+            place = f"{checkpoint}, training data"
+            raise CheckpointError(place, expected=f"the files it was trained on ({found})", received=self._options.data_fingerprint, fix=fix)
+        random, sums = random_tensors(), {f"run.{name}": sums.cpu() for name, sums in self._sums.items()}
+        load_tensors(checkpoint, {**self._state(), **random, **sums})
+        set_random_tensors(random)
+        self._sums = {name: sums[f"run.{name}"] for name in self._sums}
+        return Progress(record["step"], record["examples"], Position(**record["position"]))
+
+    def _record(self, progress: Progress) -> None:
+        losses = self._means(self._sums["losses"], self._sums["weights"])
+        now = time.perf_counter()
+        values = {f"train/{task}/loss": loss for task, loss in zip(self._options.tasks, losses, strict=True)}
+        rate = (progress.examples - self._examples) / max(now - self._seconds, 1e-9)
+        self.journal.append(progress.step, {"examples": progress.examples, **values, "train/examples_per_second": rate})
+        if self._bar is not None:
+            shown = {task: f"{loss:.4f}" for task, loss in zip(self._options.tasks, losses, strict=True)}
+            self._bar.set_postfix({**shown, "rows/s": f"{rate:,.0f}"}, refresh=False)
+        self._sums = {name: torch.zeros_like(sums) for name, sums in self._sums.items()}
+        self._seconds, self._examples = now, progress.examples
+
+    @staticmethod
+    def _means(losses: Tensor, weights: Tensor) -> list[float]:
+        means: list[float] = (losses / weights).tolist()
+        return means

@@ -1,0 +1,51 @@
+"""All tensors that decide how a training goes on, by names that do not depend on the embedding engine."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mlenv.loops.optimizers import RowWiseAdagrad
+
+_TORCHREC_TABLE = re.compile(r"collections\.\w+\.(?:embedding_bags|embeddings)\.")
+
+
+def model_tensors(model: nn.Module) -> dict[str, Any]:
+    """Parameters and buffers; a TorchRec table has the name that it has as a plain one."""
+    return {_canonical(name): tensor for name, tensor in model.state_dict().items()}
+
+
+def optimizer_tensors(model: nn.Module, adam: torch.optim.Optimizer, tables: RowWiseAdagrad | None) -> dict[str, Any]:
+    """State of the optimizers, by parameter. ``tables`` is None when the tables carry a fused optimizer."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    tensors: dict[str, Any] = {}
+    for optimizer in (adam, tables) if tables is not None else (adam,):
+        for parameter, state in optimizer.state.items():
+            tensors |= {f"optimizer.{_canonical(names[parameter])}.{key}": value for key, value in state.items()}
+    if tables is None:
+        fused = model.fused_optimizer.state_dict()["state"]  # type: ignore[union-attr, operator]
+        for name, state in fused.items():
+            tensors |= {f"optimizer.{_canonical(name)}.sum": value for key, value in state.items() if key.endswith(".momentum1")}
+    return tensors
+
+
+def random_tensors() -> dict[str, Tensor]:
+    """State of the random generators that dropout draws from."""
+    tensors = {"random.cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors["random.cuda"] = torch.cuda.get_rng_state()
+    return tensors
+
+
+def set_random_tensors(tensors: dict[str, Tensor]) -> None:
+    """Puts the random generators back."""
+    torch.set_rng_state(tensors["random.cpu"])
+    if "random.cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["random.cuda"])
+
+
+def _canonical(name: str) -> str:
+    return _TORCHREC_TABLE.sub("tables.", name)

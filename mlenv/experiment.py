@@ -1,0 +1,237 @@
+"""Everything that a config stands for, built and ready: model, step, run, sources."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+from functools import cache, cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Literal, Self
+
+import torch
+import torch.distributed
+from lightning.fabric import Fabric
+from omegaconf import OmegaConf
+from torch import nn
+
+from mlenv.compose import from_plain, to_plain, to_yaml
+from mlenv.config import ExperimentConfig
+from mlenv.datasets.parquet_source import ParquetSource
+from mlenv.errors import CheckpointError, ConfigError, MlenvError
+from mlenv.loops.checkpoint import list_checkpoints, load_tensors, verify
+from mlenv.loops.evaluate import evaluate
+from mlenv.loops.optimizers import RowWiseAdagrad, build_adam, dense_parameters, plain_tables
+from mlenv.loops.sharding import shard
+from mlenv.loops.train_step import EagerStep
+from mlenv.loops.training_run import CHECKPOINT_FOLDER, CONFIG, RunOptions, TrainingRun
+from mlenv.loops.training_state import model_tensors, optimizer_tensors
+from mlenv.modules import ENGINES, NumericNormalization
+from mlenv.schema import Schema
+from mlenv.tracking import MlflowTracker, run_tags
+
+logger = logging.getLogger(__name__)
+
+Split = Literal["train", "validation", "test"]
+
+NORMALIZATION_ROWS = 262_144
+"""Training rows that means and standard deviations are fitted on."""
+
+_MAY_CHANGE = ("name", "output", "loop.", "tracking.", "data.path", "data.num_epochs", "data.test", "data.validation", "data.decode_threads")
+"""Keys that a resumed training may set anew; any other would make it another model."""
+
+
+class Experiment:
+    """Builds what a config describes; leave it as a context, so that its locks and threads end with it.
+
+    Raises:
+        MlenvError: the config cannot be built on this machine, or the data do not fit the schema; before anything is written.
+    """
+
+    def __init__(self, config: ExperimentConfig) -> None:
+        self.config, self.schema, self.output = config, config.schema, Path(config.output)
+        if not self.output.parent.is_dir():
+            fix = f"mkdir -p '{self.output.parent}', or set output to a folder elsewhere"
+            raise ConfigError("output", expected="a folder whose parent exists", received=str(self.output), fix=fix)
+        self._started_process_group = False
+        self._lock: IO[str] | None = None
+        self._tracker: MlflowTracker | None = None
+        self.fabric = Fabric(accelerator=config.loop.device, devices=1, precision=config.loop.precision)
+        self.source = cache(self._open_source)
+        self.source("train")
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The model, as it is trained: on its device, its TorchRec tables sharded."""
+        config = self.config
+        embeddings = ENGINES[config.embeddings.engine](self.schema, config.embeddings, config.seed)
+        torch.manual_seed(config.seed)
+        model = config.model.build(self.schema, embeddings).to(self.fabric.device) if config.embeddings.engine == "torch" else self._sharded(embeddings)
+        torch.manual_seed(config.seed)  # building may draw more or fewer numbers; training starts from the same
+        return model
+
+    @cached_property
+    def step(self) -> EagerStep:
+        """One step of training."""
+        weights = [self.config.objective.task_weights.get(task, 1.0) for task in self.schema.tasks]
+        optimizers = [optimizer for optimizer in (self._adam, self._table_optimizer) if optimizer is not None]
+        clip = dense_parameters(self.model), self.config.optimizer.gradient_clip_norm
+        return EagerStep(self.fabric, self.model, optimizers, torch.tensor(weights), clip)
+
+    @cached_property
+    def run(self) -> TrainingRun:
+        """The run in the output folder, which is made and locked, and tracked in MLflow."""
+        self._occupy()
+        source, loop = self.source("train"), self.config.loop
+        total_steps = min(source.num_batches, loop.max_steps) if loop.max_steps else source.num_batches
+        options = RunOptions(
+            tasks=self.schema.tasks,
+            log_every_steps=loop.log_every_steps,
+            keep_checkpoints=loop.keep_checkpoints,
+            total_steps=total_steps,
+            config=to_yaml(self.config),
+            data_fingerprint=source.fingerprint,
+        )
+        (self.output / CONFIG).write_text(options.config)
+        if self.config.tracking.enabled:
+            self._track()
+        return TrainingRun(
+            self.output, options, state=self._tensors, begin=self._fit_normalization, check=self._check_resumable, validate=self._validate
+        )
+
+    def load(self) -> Path:
+        """Loads the newest checkpoint of the output folder into the model, for evaluation, and returns it.
+
+        Raises:
+            CheckpointError: there is none, it is damaged, or it belongs to another schema or model.
+        """
+        checkpoints = list_checkpoints(self.output / CHECKPOINT_FOLDER)
+        if not checkpoints:
+            raise CheckpointError(str(self.output), expected="a checkpoint", received="none", fix="train first: mlenv train CONFIG")
+        verify(checkpoints[-1])
+        self._check_schema(checkpoints[-1], _plain((checkpoints[-1] / CONFIG).read_text()))
+        load_tensors(checkpoints[-1], model_tensors(self.model))
+        return checkpoints[-1]
+
+    def keep(self, path: Path, folder: str = "") -> None:
+        """Adds a file or a folder to the tracked run."""
+        if self._tracker is not None:
+            self._tracker.log_artifact(path, folder)
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """What identifies this training: windows, fingerprints, revision, versions."""
+        windows = {f"{name} window": str(window) for name in ("train", "validation", "test") if (window := getattr(self.config.data, name)) is not None}
+        prints = {"schema fingerprint": self.schema.fingerprint, "data fingerprint": self.source("train").fingerprint}
+        return {**windows, **prints, "device": str(self.fabric.device), **run_tags()}
+
+    @property
+    def tracked_as(self) -> str:
+        """Where to find the run in MLflow; empty when it is not tracked."""
+        if self._tracker is None:
+            return ""
+        return self._tracker.url or f"run {self._tracker.run_id or 'pending'} of experiment {self.config.tracking.experiment!r}"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if "run" in self.__dict__:
+            self.run.close()
+        if self._tracker is not None:
+            self._tracker.finish("FINISHED" if kind is None else "KILLED" if kind is KeyboardInterrupt else "FAILED")
+        if self._lock is not None:
+            self._lock.close()
+        if self._started_process_group:
+            torch.distributed.destroy_process_group()
+
+    def _open_source(self, split: Split) -> ParquetSource:
+        data, is_training = self.config.data, split == "train"
+        window = getattr(data, split)
+        if window is None:
+            raise ConfigError(f"data.{split}", expected="a window", received=None, fix=f"set data.{split}.start and end, or path")
+        return ParquetSource(
+            data,
+            window,
+            self.schema,
+            shuffle=is_training,
+            seed=self.config.seed,
+            num_epochs=data.num_epochs if is_training else 1,
+            with_metadata=not is_training,
+        )
+
+    def _sharded(self, embeddings: nn.Module) -> nn.Module:
+        self._started_process_group = not torch.distributed.is_initialized()
+        model = self.config.model.build(self.schema, embeddings)
+        return shard(model, self.config.embeddings, self.fabric.device, self.config.seed)
+
+    @cached_property
+    def _adam(self) -> torch.optim.Optimizer:
+        return build_adam(dense_parameters(self.model), self.config.optimizer)
+
+    @cached_property
+    def _table_optimizer(self) -> RowWiseAdagrad | None:
+        tables = plain_tables(self.model)
+        return RowWiseAdagrad(tables, self.config.embeddings) if tables else None
+
+    def _tensors(self) -> dict[str, Any]:
+        return {**model_tensors(self.model), **optimizer_tensors(self.model, self._adam, self._table_optimizer)}
+
+    def _fit_normalization(self) -> None:
+        batches = -(-NORMALIZATION_ROWS // self.config.data.batch_size)
+        for module in self.model.modules():
+            if isinstance(module, NumericNormalization) and self.schema.num_dense:
+                reader = self.source("train").batches()
+                module.fit(batch.dense for batch, _ in zip(reader, range(batches), strict=False))
+                reader.close()
+
+    def _validate(self) -> dict[str, float]:
+        return evaluate(self.model, self.source("validation"), self.schema).metrics
+
+    def _check_schema(self, checkpoint: Path, saved: dict[str, Any]) -> None:
+        differences = from_plain(saved["schema"], Schema, str(checkpoint)).differences(self.schema)
+        if differences:
+            fix = "use the config it was trained with, or train in another output folder"
+            raise CheckpointError(f"{checkpoint}, schema", expected="the schema it was trained with", received="; ".join(differences), fix=fix)
+
+    def _check_resumable(self, checkpoint: Path, text: str) -> None:
+        saved = _plain(text)
+        self._check_schema(checkpoint, saved)
+        before, now = _flat(saved), _flat(to_plain(self.config))
+        changed = [
+            f"{key}: {before.get(key)!r} became {now.get(key)!r}"
+            for key in {**before, **now}
+            if before.get(key) != now.get(key) and not key.startswith(("schema.", *_MAY_CHANGE))
+        ]
+        if changed:
+            fix = "put them back, or train in another output folder"
+            raise CheckpointError(f"{checkpoint}, config", expected="the values it was trained with", received="; ".join(changed), fix=fix)
+
+    def _occupy(self) -> None:
+        """Makes the output folder and keeps a second training out of it."""
+        self.output.mkdir(exist_ok=True)
+        self._lock = (self.output / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise MlenvError(f"{self.output}: another training is writing here. Fix: wait for it, or set output to another folder.") from error
+
+    def _track(self) -> None:
+        tracking = self.config.tracking
+        self._tracker = MlflowTracker(self.output, uri=tracking.uri, experiment=tracking.experiment, run_name=self.config.name)
+        params = {key: str(value) for key, value in _flat(to_plain(self.config)).items() if not key.startswith("schema.")}
+        self._tracker.start(params, self.facts)
+        self.keep(self.output / CONFIG)
+
+
+def _plain(text: str) -> dict[str, Any]:
+    plain = OmegaConf.to_container(OmegaConf.create(text))
+    assert isinstance(plain, dict)
+    return plain  # type: ignore[return-value]
+
+
+def _flat(node: Any, key: str = "") -> dict[str, Any]:
+    """Leaves of nested mappings by dotted key."""
+    if not isinstance(node, dict):
+        return {key: node}
+    return {name: value for part, entry in node.items() for name, value in _flat(entry, f"{key}.{part}" if key else part).items()}
