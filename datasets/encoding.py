@@ -127,8 +127,8 @@ def encode(rows: pa.RecordBatch, schema: Schema, *, with_metadata: bool = False)
     Raises:
         RowError: names the first row whose value cannot be used.
     """
+    _check_aligned(rows, schema)
     sparse = tuple(_encode_key(rows.column(key.column), key, schema.tables[key.table]) for key in schema.sparse_keys)
-    _check_aligned(sparse, schema)
     labels, weights = _encode_labels(rows, schema)
     metadata = rows.select(list(schema.metadata_columns)) if with_metadata else None
     return EncodedRows(schema, sparse, _encode_dense(rows, schema), labels, weights, metadata)
@@ -196,7 +196,13 @@ def _is_pairs(is_id: Callable[[pa.DataType], bool], kind: pa.DataType) -> bool:
     if pa.types.is_map(kind):
         return is_id(kind.key_type) and _is_number(kind.item_type)
     pair = kind.value_type if pa.types.is_list(kind) or pa.types.is_large_list(kind) else None
-    return pair is not None and pa.types.is_struct(pair) and pair.num_fields == 2 and is_id(pair.field(0).type) and _is_number(pair.field(1).type)
+    return (
+        pair is not None
+        and pa.types.is_struct(pair)
+        and pair.num_fields == 2
+        and is_id(pair.field(0).type)
+        and _is_number(pair.field(1).type)
+    )
 
 
 # Sparse features
@@ -248,7 +254,9 @@ def _table_rows(ids: pa.Array, key: SparseKey, table: Table, row_of: Callable[[i
         remedy = "add it to the vocabulary"
     if unknown.any() and table.out_of_range == "error":
         place = int(np.argmax(unknown))
-        raise RowError(row_of(place), key.column, expected=expected, received=ids[place].as_py(), fix=f"{remedy}, or set its out_of_range to 'hash'")
+        raise RowError(
+            row_of(place), key.column, expected=expected, received=ids[place].as_py(), fix=f"{remedy}, or set its out_of_range to 'hash'"
+        )
     rows = rows.copy()
     hashed = hash_ids(ids.filter(pa.array(unknown))) % np.uint64(table.num_embeddings - spare)
     rows[unknown] = hashed.view(np.int64) + spare
@@ -259,7 +267,7 @@ def _elements(column: pa.Array, max_length: int, keep: str) -> tuple[pa.Array, I
     """The elements of a list column, cut to ``max_length`` per row, and their offsets; a null list is empty."""
     if pa.types.is_map(column.type):
         column = column.cast(pa.list_(pa.struct([("key", column.type.key_type), ("value", column.type.item_type)])))
-    lengths = pc.fill_null(pc.list_value_length(column), 0).cast(pa.int64()).to_numpy()
+    lengths = _list_lengths(column)
     if max_length and len(lengths) and lengths.max() > max_length:
         ends = np.cumsum(lengths)
         kept = np.minimum(lengths, max_length)
@@ -268,7 +276,9 @@ def _elements(column: pa.Array, max_length: int, keep: str) -> tuple[pa.Array, I
     return column.flatten(), np.concatenate([[0], np.cumsum(lengths)])
 
 
-def _without_nulls(elements: pa.Array, offsets: Integers, weights: Floats | None, key: SparseKey) -> tuple[pa.Array, Integers, Floats | None]:
+def _without_nulls(
+    elements: pa.Array, offsets: Integers, weights: Floats | None, key: SparseKey
+) -> tuple[pa.Array, Integers, Floats | None]:
     """Bags without their null ids. In a sequence a null would shift the fields against each other, so it is refused."""
     valid = elements.is_valid().to_numpy(zero_copy_only=False)
     if key.group == "sequence":
@@ -278,18 +288,24 @@ def _without_nulls(elements: pa.Array, offsets: Integers, weights: Floats | None
     return elements.drop_null(), kept[offsets], None if weights is None else weights[valid]
 
 
-def _check_aligned(sparse: Sequence[Jagged], schema: Schema) -> None:
-    """Fields of one sequence have equal lengths in every row."""
-    first: dict[str, tuple[SparseKey, Jagged]] = {}
-    for key, jagged in zip(schema.sparse_keys, sparse, strict=True):
-        if key.group != "sequence":
-            continue
-        leader, reference = first.setdefault(key.feature, (key, jagged))
-        if not np.array_equal(reference.offsets, jagged.offsets):
-            mine, theirs = jagged.lengths(0), reference.lengths(0)
-            row = int(np.argmax(mine != theirs))
-            expected = f"as many elements as column {leader.column!r} ({theirs[row]})"
-            raise RowError(row, key.column, expected=expected, received=int(mine[row]), fix=f"write aligned lists for sequence {key.feature!r}")
+def _check_aligned(rows: pa.RecordBatch, schema: Schema) -> None:
+    """Fields of one sequence have equal lengths in every row, before they are cut."""
+    leaders: dict[str, tuple[str, Integers]] = {}
+    for key in (key for key in schema.sparse_keys if key.group == "sequence"):
+        lengths = _list_lengths(rows.column(key.column))
+        column, expected = leaders.setdefault(key.feature, (key.column, lengths))
+        if not np.array_equal(lengths, expected):
+            row = int(np.argmax(lengths != expected))
+            fix = f"write aligned lists for sequence {key.feature!r}"
+            raise RowError(
+                row, key.column, expected=f"as many elements as column {column!r}, {expected[row]}", received=int(lengths[row]), fix=fix
+            )
+
+
+def _list_lengths(column: pa.Array) -> Integers:
+    """Elements per row; none in a null list."""
+    lengths: Integers = pc.fill_null(pc.list_value_length(column), 0).cast(pa.int64()).to_numpy()
+    return lengths
 
 
 def _ranges(starts: Integers, lengths: Integers) -> tuple[Integers, Integers]:

@@ -92,7 +92,9 @@ class ParquetSource:
     @property
     def fingerprint(self) -> str:
         """Twelve hex digits of the files, their row groups and their rows; changes when the data does."""
-        text = "\n".join(f"{PurePosixPath(group.file).relative_to(self._root)} {group.index} {group.num_rows}" for group in self._row_groups)
+        text = "\n".join(
+            f"{PurePosixPath(group.file).relative_to(self._root)} {group.index} {group.num_rows}" for group in self._row_groups
+        )
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def batches(self, start: Position = START) -> Iterator[Batch]:
@@ -144,7 +146,9 @@ class ParquetSource:
 
     def _windows(self, epoch: int) -> list[list[RowGroup]]:
         """Row groups of this rank, gathered to windows of at least ``shuffle_rows`` rows."""
-        order = np.random.default_rng([self._seed, epoch]).permutation(len(self._row_groups)) if self._shuffle else range(len(self._row_groups))
+        order = (
+            np.random.default_rng([self._seed, epoch]).permutation(len(self._row_groups)) if self._shuffle else range(len(self._row_groups))
+        )
         windows: list[list[RowGroup]] = []
         room = 0
         for place in list(order)[self._rank :: self._world_size]:
@@ -175,7 +179,9 @@ class ParquetSource:
             table = file.read_row_group(group.index, columns=stored, use_threads=False)
         except (OSError, pa.ArrowException) as error:
             fix = "write the file again, or take it out of the folder"
-            raise DataError(f"{group.file}, row group {group.index}", expected="readable pages", received=" ".join(str(error).split()), fix=fix) from error
+            raise DataError(
+                f"{group.file}, row group {group.index}", expected="readable pages", received=" ".join(str(error).split()), fix=fix
+            ) from error
         for column in (column for column in columns if column in partitions):
             table = table.append_column(column, pa.array([partitions[column]] * group.num_rows))
         return table.select(list(columns)).combine_chunks().to_batches()[0]
@@ -200,7 +206,9 @@ class ParquetSource:
         if not chosen:
             days = sorted({day for file in files if (day := self._partitions(file).get("date"))})
             received = f"days {days[0]} to {days[-1]}" if days else f"{len(files)} Parquet files without date=YYYY-MM-DD folders"
-            raise DataError(self._root, expected=f"Parquet files in {window}", received=received, fix="change the window, or write the missing days")
+            raise DataError(
+                self._root, expected=f"Parquet files in {window}", received=received, fix="change the window, or write the missing days"
+            )
         with ThreadPoolExecutor(8) as pool:
             footers = dict(zip(chosen, pool.map(self._read_footer, chosen), strict=True))
         problems = [
@@ -223,7 +231,9 @@ class ParquetSource:
     def _list_files(self) -> list[str]:
         info = self._filesystem.get_file_info(self._root)
         if info.type == pyarrow.fs.FileType.NotFound:
-            raise DataError(self._root, expected="a folder of Parquet files", received="nothing there", fix="set data.path, or write the data first")
+            raise DataError(
+                self._root, expected="a folder of Parquet files", received="nothing there", fix="set data.path, or write the data first"
+            )
         if info.type == pyarrow.fs.FileType.File:
             return [self._root]
         selector = pyarrow.fs.FileSelector(self._root, recursive=True)
@@ -254,7 +264,9 @@ def open_folder(path: str) -> tuple[pyarrow.fs.FileSystem, str]:
         try:
             opened, inside = fsspec.core.url_to_fs(path)
         except (ValueError, ImportError) as error:
-            raise ConfigError("data.path", expected="a local path, or a URL that Arrow or fsspec knows", received=path, fix=str(error)) from error
+            raise ConfigError(
+                "data.path", expected="a local path, or a URL that Arrow or fsspec knows", received=path, fix=str(error)
+            ) from error
         return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(opened)), inside
 
 

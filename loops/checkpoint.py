@@ -43,7 +43,9 @@ def save_checkpoint(folder: Path, step: int, tensors: Mapping[str, Any], documen
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns of its own single-process mode
         distributed_checkpoint.save(
-            dict(tensors), storage_writer=HuggingFaceStorageWriter(str(temporary), save_distributed=True), no_dist=not torch.distributed.is_initialized()
+            dict(tensors),
+            storage_writer=HuggingFaceStorageWriter(str(temporary), save_distributed=True),
+            no_dist=not torch.distributed.is_initialized(),
         )
     for name, text in documents.items():
         (temporary / name).write_text(text)
@@ -77,7 +79,9 @@ def load_tensors(checkpoint: Path, tensors: Mapping[str, Any]) -> None:
                 if shape != tensor.size():
                     received = "no such tensor" if shape is None else f"shape {tuple(shape)}"
                     expected = f"shape {tuple(tensor.size())}"
-                    raise CheckpointError(f"{checkpoint}, tensor {name!r}", expected=expected, received=received, fix="use the config it was saved with")
+                    raise CheckpointError(
+                        f"{checkpoint}, tensor {name!r}", expected=expected, received=received, fix="use the config it was saved with"
+                    )
             distributed_checkpoint.load(dict(tensors), storage_reader=reader, no_dist=not torch.distributed.is_initialized())
     except CheckpointException as error:
         raise CheckpointError(str(checkpoint), expected="tensors that load", received=" ".join(str(error).split())[:300]) from error
@@ -119,12 +123,16 @@ def verify(checkpoint: Path) -> None:
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text())
     except (OSError, ValueError) as error:
-        raise CheckpointError(str(checkpoint / MANIFEST), expected="the manifest of the checkpoint", received=str(error), fix=fix) from error
+        raise CheckpointError(
+            str(checkpoint / MANIFEST), expected="the manifest of the checkpoint", received=str(error), fix=fix
+        ) from error
     for name, entry in manifest.items():
         file = checkpoint / name
         size = file.stat().st_size if file.is_file() else None
         if size != entry["bytes"]:
-            raise CheckpointError(str(file), expected=f"{entry['bytes']} bytes", received="no file" if size is None else f"{size} bytes", fix=fix)
+            raise CheckpointError(
+                str(file), expected=f"{entry['bytes']} bytes", received="no file" if size is None else f"{size} bytes", fix=fix
+            )
         if (checksum := _checksum(file)) != entry["xxh3_128"]:
             raise CheckpointError(str(file), expected=f"checksum {entry['xxh3_128']}", received=checksum, fix=fix)
 

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -15,7 +16,6 @@ from mlenv.errors import ConfigError
 from mlenv.loops.fit import BatchSource
 from mlenv.loops.metrics import BinaryMetrics, ReliabilityCurve
 from mlenv.loops.predictions import PredictionWriter
-from mlenv.schema import Schema
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,8 @@ class Evaluation:
 
     metrics: dict[str, float]
     """``task/metric``, and ``task/metric@column=value`` by segment."""
+    best: dict[str, float]
+    """The same metrics of the true probabilities, for tasks whose truth the data know: the best that is reachable."""
     reliability: dict[str, ReliabilityCurve]
     """By task."""
 
@@ -41,26 +43,33 @@ def score(model: nn.Module, source: BatchSource) -> Iterator[tuple[Batch, Tensor
         model.train(was_training)
 
 
-def evaluate(model: nn.Module, source: BatchSource, schema: Schema, predictions: Path | None = None) -> Evaluation:
+def evaluate(model: nn.Module, source: BatchSource, predictions: Path | None = None) -> Evaluation:
     """Measures a model on a source with metadata; with a folder given, its predictions are written there as well."""
+    schema = source.schema
     metrics = BinaryMetrics(schema.tasks, schema.segments, schema.request)
+    truths = {task: label.truth for task, label in schema.labels.items() if label.truth}
+    best = BinaryMetrics(tuple(truths))
+    known = [schema.tasks.index(task) for task in truths]
     with PredictionWriter(predictions, schema.tasks) if predictions else nullcontext() as writer:
         for batch, scored in score(model, source):
             metrics.update(scored, batch.labels, batch.weights, batch.metadata)
+            if truths and batch.metadata is not None:
+                truth = np.stack([batch.metadata.column(column).to_numpy(zero_copy_only=False) for column in truths.values()], axis=1)
+                best.update(torch.from_numpy(truth), batch.labels[:, known], batch.weights[:, known], None)
             if writer is not None:
                 writer.write(batch, scored)
-    return Evaluation(metrics.compute(), {task: metrics.reliability(task) for task in schema.tasks})
+    return Evaluation(metrics.compute(), best.compute() if truths else {}, {task: metrics.reliability(task) for task in schema.tasks})
 
 
-def predict(model: nn.Module, source: BatchSource, schema: Schema, predictions: Path) -> int:
+def predict(model: nn.Module, source: BatchSource, predictions: Path) -> int:
     """Writes one row of predictions per row of the source, with the row key, and returns how many.
 
     Raises:
         ConfigError: the schema names no row key, so that nobody could tell which row a prediction belongs to.
     """
-    if not schema.row_key:
+    if not source.schema.row_key:
         raise ConfigError("schema.row_key", expected="columns that identify a row", received=[], fix="name them in the schema")
-    with PredictionWriter(predictions, schema.tasks) as writer:
+    with PredictionWriter(predictions, source.schema.tasks) as writer:
         for batch, scored in score(model, source):
             writer.write(batch, scored)
         return writer.num_rows

@@ -9,6 +9,7 @@ from typing import Protocol
 from mlenv.batch import START, Batch, Position
 from mlenv.config import LoopConfig
 from mlenv.loops.train_step import StepOutput, TrainStep
+from mlenv.schema import Schema
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,9 @@ class Progress:
 
 
 class BatchSource(Protocol):
-    """Batches from any position on."""
+    """Batches of a schema, from any position on."""
+
+    schema: Schema
 
     def batches(self, start: Position = START) -> Iterator[Batch]: ...
 

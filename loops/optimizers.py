@@ -47,7 +47,9 @@ def plain_tables(model: nn.Module) -> list[nn.Parameter]:
 def dense_parameters(model: nn.Module) -> list[nn.Parameter]:
     """All parameters but embedding tables, plain or with a fused optimizer."""
     tables = {id(table) for table in plain_tables(model)}
-    return [parameter for parameter in model.parameters() if id(parameter) not in tables and not hasattr(parameter, "_in_backward_optimizers")]
+    return [
+        parameter for parameter in model.parameters() if id(parameter) not in tables and not hasattr(parameter, "_in_backward_optimizers")
+    ]
 
 
 def build_adam(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> torch.optim.AdamW:

@@ -26,9 +26,13 @@ class PredictionWriter:
 
     def __init__(self, folder: Path, tasks: Sequence[str]) -> None:
         if not folder.parent.is_dir():
-            raise ConfigError(str(folder), expected="a folder whose parent exists", received=f"no folder {folder.parent}", fix=f"mkdir -p {folder.parent}")
+            raise ConfigError(
+                str(folder), expected="a folder whose parent exists", received=f"no folder {folder.parent}", fix=f"mkdir -p {folder.parent}"
+            )
         if folder.exists() and (not folder.is_dir() or any(not file.name.endswith(".parquet") for file in folder.iterdir())):
-            raise ConfigError(str(folder), expected="a new folder, or one of predictions", received="other files", fix="name another folder")
+            raise ConfigError(
+                str(folder), expected="a new folder, or one of predictions", received="other files", fix="name another folder"
+            )
         self._folder, self._temporary, self._tasks = folder, folder.with_name(f".{folder.name}.part"), tasks
         self._writer: pq.ParquetWriter | None = None
         self.num_rows = 0

@@ -41,7 +41,9 @@ def shard(model: nn.Module, config: EmbeddingsConfig, device: torch.device, seed
             # Left alone, the planner replicates small tables, and replicas have no fused optimizer.
             sharding_types = [kind.value for kind in ShardingType if kind != ShardingType.DATA_PARALLEL]
             for table in module.embedding_bag_configs() if isinstance(module, EmbeddingBagCollection) else module.embedding_configs():
-                constraints[table.name] = ParameterConstraints(sharding_types=sharding_types, compute_kernels=[EmbeddingComputeKernel.FUSED.value])
+                constraints[table.name] = ParameterConstraints(
+                    sharding_types=sharding_types, compute_kernels=[EmbeddingComputeKernel.FUSED.value]
+                )
     sharders = [EmbeddingBagCollectionSharder(), EmbeddingCollectionSharder()]
     group = torch.distributed.group.WORLD
     assert group is not None

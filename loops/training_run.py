@@ -88,7 +88,9 @@ class TrainingRun:
             progress = self._load(checkpoint)
             logger.info("continues from %s, step %d", checkpoint, progress.step)
         self.journal.truncate(progress.step)
-        self._bar = tqdm(total=self._options.total_steps, initial=progress.step, unit="step", desc="train", disable=None, leave=False, dynamic_ncols=True)
+        self._bar = tqdm(
+            total=self._options.total_steps, initial=progress.step, unit="step", desc="train", disable=None, leave=False, dynamic_ncols=True
+        )
         self._seconds, self._examples = time.perf_counter(), progress.examples
         return progress
 
@@ -128,7 +130,9 @@ class TrainingRun:
         if (found := record.pop("data_fingerprint")) != self._options.data_fingerprint:
             fix = "put the files back as they were, or start over with another output"
             place = f"{checkpoint}, training data"
-            raise CheckpointError(place, expected=f"the files it was trained on ({found})", received=self._options.data_fingerprint, fix=fix)
+            raise CheckpointError(
+                place, expected=f"the files it was trained on ({found})", received=self._options.data_fingerprint, fix=fix
+            )
         random, sums = random_tensors(), {f"run.{name}": sums.cpu() for name, sums in self._sums.items()}
         load_tensors(checkpoint, {**self._state(), **random, **sums})
         set_random_tensors(random)

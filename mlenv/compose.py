@@ -119,13 +119,17 @@ def _build(cls: type, node: object, key: str, problems: list[MlenvError]) -> Any
     fields = {item.name: item for item in dataclasses.fields(cls) if item.init}
     before = len(problems)
     for name in node.keys() - fields.keys():
-        problems.append(ConfigError(_join(key, str(name)), expected=f"a key of {cls.__name__}", received=node[name], fix=nearest(str(name), fields)))
+        problems.append(
+            ConfigError(_join(key, str(name)), expected=f"a key of {cls.__name__}", received=node[name], fix=nearest(str(name), fields))
+        )
     values = {}
     for name, item in fields.items():
         if name in node:
             values[name] = _value(hints[name], node[name], _join(key, name), item.metadata.get("kinds"), problems)
         elif item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING:
-            problems.append(ConfigError(_join(key, name), expected="a value, it has no default", received="nothing", fix=f"set {_join(key, name)}"))
+            problems.append(
+                ConfigError(_join(key, name), expected="a value, it has no default", received="nothing", fix=f"set {_join(key, name)}")
+            )
     if len(problems) > before:
         return None
     try:
@@ -147,7 +151,11 @@ def _value(hint: Any, value: object, key: str, table: KindTable | None, problems
         if not isinstance(value, Mapping):
             problems.append(ConfigError(key, expected="a mapping of names", received=value))
             return None
-        return {str(name): _one(arguments[1], entry, _join(key, str(name)), table, problems) for name, entry in value.items() if entry is not None}
+        return {
+            str(name): _one(arguments[1], entry, _join(key, str(name)), table, problems)
+            for name, entry in value.items()
+            if entry is not None
+        }
     if origin is tuple and _holds_dataclass(arguments[0], table):
         if not isinstance(value, list):
             problems.append(ConfigError(key, expected="a list", received=value))
@@ -180,7 +188,9 @@ def _leaf(hint: Any, value: object, key: str, problems: list[MlenvError]) -> Any
     except OmegaConfBaseException:
         choices = typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ()
         expected = f"one of {list(choices)}" if choices else f"a value of type {getattr(hint, '__name__', hint)}"
-        problems.append(ConfigError(key, expected=expected, received=value, fix=nearest(value, choices) if isinstance(value, str) and choices else ""))
+        problems.append(
+            ConfigError(key, expected=expected, received=value, fix=nearest(value, choices) if isinstance(value, str) and choices else "")
+        )
         return None
 
 

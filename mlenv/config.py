@@ -156,7 +156,13 @@ class LoopConfig:
     """bf16-mixed computes the dense part in bfloat16 and keeps float32 weights."""
 
     def __post_init__(self) -> None:
-        for name, least in (("max_steps", 0), ("log_every_steps", 1), ("evaluate_every_steps", 0), ("checkpoint_every_steps", 1), ("keep_checkpoints", 1)):
+        for name, least in (
+            ("max_steps", 0),
+            ("log_every_steps", 1),
+            ("evaluate_every_steps", 0),
+            ("checkpoint_every_steps", 1),
+            ("keep_checkpoints", 1),
+        ):
             check_at_least(name, getattr(self, name), least)
 
 
@@ -206,14 +212,20 @@ def check(config: ExperimentConfig) -> None:
 def _problems(config: ExperimentConfig) -> Iterator[MlenvError]:
     schema, data, loop = config.schema, config.data, config.loop
     for task in config.objective.task_weights.keys() - set(schema.tasks):
-        yield ConfigError(f"objective.task_weights.{task}", expected="a task of schema.labels", received=task, fix=nearest(task, schema.tasks))
+        yield ConfigError(
+            f"objective.task_weights.{task}", expected="a task of schema.labels", received=task, fix=nearest(task, schema.tasks)
+        )
     for name, window in (("validation", data.validation), ("test", data.test)):
         if window is not None and window.overlaps(data.train):
             yield ConfigError(f"data.{name}", expected=f"days outside the training window ({data.train})", received=str(window))
     if bool(loop.evaluate_every_steps) != (data.validation is not None):
         fix = "set both or neither"
-        yield ConfigError("loop.evaluate_every_steps", expected="a number of steps exactly when data.validation is set", received=loop.evaluate_every_steps, fix=fix)
+        yield ConfigError(
+            "loop.evaluate_every_steps",
+            expected="a number of steps exactly when data.validation is set",
+            received=loop.evaluate_every_steps,
+            fix=fix,
+        )
     if config.embeddings.engine == "torchrec" and importlib.util.find_spec("torchrec") is None:
         fix = "pip install 'mlenv[torchrec]', or embeddings.engine=torch"
         yield ConfigError("embeddings.engine", expected="an engine that is installed", received="torchrec", fix=fix)
-

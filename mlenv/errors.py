@@ -83,6 +83,5 @@ def require(module: str, *, extra: str) -> ModuleType:
         ) from error
 
 
-
 def _count(number: int) -> str:
     return "1 problem" if number == 1 else f"{number} problems"

@@ -37,7 +37,17 @@ Split = Literal["train", "validation", "test"]
 NORMALIZATION_ROWS = 262_144
 """Training rows that means and standard deviations are fitted on."""
 
-_MAY_CHANGE = ("name", "output", "loop.", "tracking.", "data.path", "data.num_epochs", "data.test", "data.validation", "data.decode_threads")
+_MAY_CHANGE = (
+    "name",
+    "output",
+    "loop.",
+    "tracking.",
+    "data.path",
+    "data.num_epochs",
+    "data.test",
+    "data.validation",
+    "data.decode_threads",
+)
 """Keys that a resumed training may set anew; any other would make it another model."""
 
 
@@ -66,7 +76,11 @@ class Experiment:
         config = self.config
         embeddings = ENGINES[config.embeddings.engine](self.schema, config.embeddings, config.seed)
         torch.manual_seed(config.seed)
-        model = config.model.build(self.schema, embeddings).to(self.fabric.device) if config.embeddings.engine == "torch" else self._sharded(embeddings)
+        model = (
+            config.model.build(self.schema, embeddings).to(self.fabric.device)
+            if config.embeddings.engine == "torch"
+            else self._sharded(embeddings)
+        )
         torch.manual_seed(config.seed)  # building may draw more or fewer numbers; training starts from the same
         return model
 
@@ -121,7 +135,11 @@ class Experiment:
     @property
     def facts(self) -> dict[str, str]:
         """What identifies this training: windows, fingerprints, revision, versions."""
-        windows = {f"{name} window": str(window) for name in ("train", "validation", "test") if (window := getattr(self.config.data, name)) is not None}
+        windows = {
+            f"{name} window": str(window)
+            for name in ("train", "validation", "test")
+            if (window := getattr(self.config.data, name)) is not None
+        }
         prints = {"schema fingerprint": self.schema.fingerprint, "data fingerprint": self.source("train").fingerprint}
         return {**windows, **prints, "device": str(self.fabric.device), **run_tags()}
 
@@ -186,13 +204,15 @@ class Experiment:
                 reader.close()
 
     def _validate(self) -> dict[str, float]:
-        return evaluate(self.model, self.source("validation"), self.schema).metrics
+        return evaluate(self.model, self.source("validation")).metrics
 
     def _check_schema(self, checkpoint: Path, saved: dict[str, Any]) -> None:
         differences = from_plain(saved["schema"], Schema, str(checkpoint)).differences(self.schema)
         if differences:
             fix = "use the config it was trained with, or train in another output folder"
-            raise CheckpointError(f"{checkpoint}, schema", expected="the schema it was trained with", received="; ".join(differences), fix=fix)
+            raise CheckpointError(
+                f"{checkpoint}, schema", expected="the schema it was trained with", received="; ".join(differences), fix=fix
+            )
 
     def _check_resumable(self, checkpoint: Path, text: str) -> None:
         saved = _plain(text)
@@ -214,7 +234,9 @@ class Experiment:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise MlenvError(f"{self.output}: another training is writing here. Fix: wait for it, or set output to another folder.") from error
+            raise MlenvError(
+                f"{self.output}: another training is writing here. Fix: wait for it, or set output to another folder."
+            ) from error
 
     def _track(self) -> None:
         tracking = self.config.tracking

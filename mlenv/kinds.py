@@ -35,7 +35,9 @@ def class_of(kind: object, table: KindTable, key: str) -> type:
     """
     if not isinstance(kind, str) or (kind not in table and ":" not in kind):
         hint = nearest(str(kind), table)
-        raise ConfigError(f"{key}.kind", expected=f"one of {sorted(table)} or an import path 'package.module:Class'", received=kind, fix=hint)
+        raise ConfigError(
+            f"{key}.kind", expected=f"one of {sorted(table)} or an import path 'package.module:Class'", received=kind, fix=hint
+        )
     target = table.get(kind, kind)
     return target if isinstance(target, type) else _import(target, f"{key}.kind")
 
@@ -56,7 +58,9 @@ def _import(path: str, key: str) -> type:
     try:
         found = getattr(importlib.import_module(module_name), name)
     except (ImportError, AttributeError) as error:
-        raise ConfigError(key, expected="an importable class", received=path, fix=f"{error}; run from the root of your repo or install it") from error
+        raise ConfigError(
+            key, expected="an importable class", received=path, fix=f"{error}; run from the root of your repo or install it"
+        ) from error
     if not (isinstance(found, type) and dataclasses.is_dataclass(found)):
         raise ConfigError(key, expected="a dataclass with a build method", received=path)
     return found

@@ -46,12 +46,18 @@ class Table:
         if (self.ids == "vocabulary") != bool(self.vocabulary):
             raise ConfigError("vocabulary", expected="a list of ids exactly when ids is 'vocabulary'", received=self.vocabulary)
         if len(set(self.vocabulary)) != len(self.vocabulary):
-            raise ConfigError("vocabulary", expected="each id once", received=len(self.vocabulary) - len(set(self.vocabulary)), fix="remove the repeated ids")
+            raise ConfigError(
+                "vocabulary",
+                expected="each id once",
+                received=len(self.vocabulary) - len(set(self.vocabulary)),
+                fix="remove the repeated ids",
+            )
         spare = self.num_embeddings - len(self.vocabulary)
         if self.vocabulary and spare < (1 if self.out_of_range == "hash" else 0):
             raise ConfigError(
                 "num_embeddings",
-                expected=f"at least the {len(self.vocabulary)} ids of the vocabulary" + (" and one spare row to hash into" if self.out_of_range == "hash" else ""),
+                expected=f"at least the {len(self.vocabulary)} ids of the vocabulary"
+                + (" and one spare row to hash into" if self.out_of_range == "hash" else ""),
                 received=self.num_embeddings,
             )
 
@@ -163,7 +169,9 @@ class Sequence(Feature):
             raise ConfigError("fields", expected="at least one field", received=self.fields)
         check_at_least("max_length", self.max_length, 1)
         if self.column:
-            raise ConfigError("column", expected="no column for the whole sequence", received=self.column, fix="name the column of each field")
+            raise ConfigError(
+                "column", expected="no column for the whole sequence", received=self.column, fix="name the column of each field"
+            )
 
 
 FEATURES: dict[str, type | str] = {
@@ -187,6 +195,8 @@ class Label:
     """Boolean column: where it is false or null the example does not count for this task, and its label may be null."""
     weight: str = ""
     """Column of non-negative numbers; 1 when empty."""
+    truth: str = ""
+    """Column of the true probability, which only simulated data know; evaluation reports its metrics as the best reachable."""
 
 
 @dataclass(frozen=True)
@@ -282,7 +292,8 @@ class Schema:
     @property
     def metadata_columns(self) -> tuple[str, ...]:
         """Columns that pass through to metrics and predictions, each once."""
-        return tuple(dict.fromkeys(name for name in (*self.row_key, self.request, self.event_time, *self.segments) if name))
+        truths = (label.truth for label in self.labels.values())
+        return tuple(dict.fromkeys(name for name in (*self.row_key, self.request, self.event_time, *self.segments, *truths) if name))
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -314,13 +325,16 @@ class Schema:
 
     def _description(self) -> dict[str, dict[str, dict[str, object]]]:
         """All that decides tensors and parameters, by section and name."""
-        ignored = {"owner", "entity", "core"}
-        features = {
-            name: {"kind": kind_of(feature, FEATURES), **{key: value for key, value in dataclasses.asdict(feature).items() if key not in ignored}}
-            for name, feature in self.features.items()
+        ignored = {"owner", "entity", "core", "truth"}
+
+        def describe(entry: Feature | Table | Label) -> dict[str, object]:
+            return {key: value for key, value in dataclasses.asdict(entry).items() if key not in ignored}
+
+        return {
+            "features": {name: {"kind": kind_of(feature, FEATURES), **describe(feature)} for name, feature in self.features.items()},
+            "tables": {name: describe(table) for name, table in self.tables.items()},
+            "labels": {name: describe(label) for name, label in self.labels.items()},
         }
-        sections = {"tables": self.tables, "labels": self.labels}
-        return {"features": features, **{section: {name: dataclasses.asdict(entry) for name, entry in entries.items()} for section, entries in sections.items()}}
 
     def _sparse_keys(self) -> Iterator[SparseKey]:
         """Keys in schema order; how they are looked up depends on all users of a table and is set by ``sparse_keys``."""
@@ -329,24 +343,48 @@ class Schema:
             if isinstance(feature, Categorical):
                 yield SparseKey(name, column, feature.storage, feature.table or name, "single", "pooled", name, 1, "first", feature.default)
             elif isinstance(feature, MultiCategorical):
-                yield SparseKey(name, column, feature.storage, feature.table or name, "bag", "pooled", name, feature.max_length, "first", None)
+                yield SparseKey(
+                    name, column, feature.storage, feature.table or name, "bag", "pooled", name, feature.max_length, "first", None
+                )
             elif isinstance(feature, Weighted):
-                yield SparseKey(name, column, feature.storage, feature.table or name, "weighted_bag", "pooled", name, feature.max_length, "first", None)
+                yield SparseKey(
+                    name, column, feature.storage, feature.table or name, "weighted_bag", "pooled", name, feature.max_length, "first", None
+                )
             elif isinstance(feature, Sequence):
                 for part, entry in feature.fields.items():
                     key = f"{name}.{part}"
-                    yield SparseKey(key, entry.column or f"{name}_{part}", entry.storage, entry.table or key, "sequence", "pooled", name, feature.max_length, feature.keep, None)
+                    yield SparseKey(
+                        key,
+                        entry.column or f"{name}_{part}",
+                        entry.storage,
+                        entry.table or key,
+                        "sequence",
+                        "pooled",
+                        name,
+                        feature.max_length,
+                        feature.keep,
+                        None,
+                    )
 
     def _table_problems(self) -> Iterator[MlenvError]:
         used = set()
         for key in self._sparse_keys():
             used.add(key.table)
             if key.table not in self.tables:
-                yield ConfigError(f"features.{key.name}.table", expected="a table of the schema", received=key.table, fix=f"add tables.{key.table}; {nearest(key.table, self.tables)}")
+                yield ConfigError(
+                    f"features.{key.name}.table",
+                    expected="a table of the schema",
+                    received=key.table,
+                    fix=f"add tables.{key.table}; {nearest(key.table, self.tables)}",
+                )
             elif key.storage == "string" and self.tables[key.table].ids == "index":
-                yield ConfigError(f"tables.{key.table}.ids", expected=f"hash or vocabulary, because feature {key.name} holds strings", received="index")
+                yield ConfigError(
+                    f"tables.{key.table}.ids", expected=f"hash or vocabulary, because feature {key.name} holds strings", received="index"
+                )
         for name in self.tables.keys() - used:
-            yield ConfigError(f"tables.{name}", expected="a feature that uses it", received="none", fix="remove the table, or name it in a feature")
+            yield ConfigError(
+                f"tables.{name}", expected="a feature that uses it", received="none", fix="remove the table, or name it in a feature"
+            )
 
     def _label_problems(self) -> Iterator[MlenvError]:
         if not self.labels:
@@ -355,7 +393,9 @@ class Schema:
         for task, label in self.labels.items():
             column = label.column or task
             if column in inputs:
-                yield ConfigError(f"labels.{task}", expected="a column that no feature reads", received=column, fix="a model must not see its own target")
+                yield ConfigError(
+                    f"labels.{task}", expected="a column that no feature reads", received=column, fix="a model must not see its own target"
+                )
 
 
 def _lookup(groups: set[SparseGroup]) -> Lookup:

@@ -99,7 +99,11 @@ class TorchEmbeddings(nn.Module):
             elif key.group == "single" and len(ids) == sparse.batch_size:
                 pooled.append(functional.embedding(ids, weight, sparse=True))
             else:
-                weights = sparse.weights[offsets[place] : offsets[place + 1]] if sparse.weights is not None and key.group == "weighted_bag" else None
+                weights = (
+                    sparse.weights[offsets[place] : offsets[place + 1]]
+                    if sparse.weights is not None and key.group == "weighted_bag"
+                    else None
+                )
                 pooled.append(_embedding_bag(ids, weight, lengths[place], weights, self.layout.tables[key.table].pooling))
         return EmbeddedFeatures(_side_by_side(pooled, lengths), _joined_fields(events))
 
@@ -119,14 +123,19 @@ class TorchRecEmbeddings(nn.Module):
             names: dict[str, list[str]] = {}
             for key in keys:
                 names.setdefault(key.table, []).append(key.name)
-            shapes = {name: {"num_embeddings": schema.tables[name].num_embeddings, "embedding_dim": schema.tables[name].embedding_dim} for name in names}
+            shapes = {
+                name: {"num_embeddings": schema.tables[name].num_embeddings, "embedding_dim": schema.tables[name].embedding_dim}
+                for name in names
+            }
             meta = torch.device("meta")
             if lookup == "unpooled":
                 tables = [torchrec.EmbeddingConfig(name=name, feature_names=features, **shapes[name]) for name, features in names.items()]
                 self.collections[lookup] = torchrec.EmbeddingCollection(tables=tables, device=meta)
             else:
                 bags = [torchrec.EmbeddingBagConfig(name=name, feature_names=features, **shapes[name]) for name, features in names.items()]
-                self.collections[lookup] = torchrec.EmbeddingBagCollection(tables=bags, is_weighted=lookup == "pooled_weighted", device=meta)
+                self.collections[lookup] = torchrec.EmbeddingBagCollection(
+                    tables=bags, is_weighted=lookup == "pooled_weighted", device=meta
+                )
 
     def forward(self, sparse: SparseFeatures) -> EmbeddedFeatures:
         """
@@ -218,5 +227,6 @@ def _side_by_side(vectors: list[Tensor], lengths: Tensor) -> Tensor:
 def _joined_fields(events: dict[str, list[EmbeddedSequence]]) -> dict[str, EmbeddedSequence]:
     """Fields of one sequence side by side; their lengths agree, which the encoding checked."""
     return {
-        feature: EmbeddedSequence(_side_by_side([field.values for field in fields], fields[0].lengths), fields[0].lengths) for feature, fields in events.items()
+        feature: EmbeddedSequence(_side_by_side([field.values for field in fields], fields[0].lengths), fields[0].lengths)
+        for feature, fields in events.items()
     }

@@ -1,0 +1,65 @@
+# Every target prepares .venv by itself. Paths are relative, so that a checkout under a path with a space works.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq install --no-deps
+READY := .venv/package.stamp
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check lint bench lock clean
+
+help:
+	@echo "make demo   simulate an ads log, train on it, end with metrics and a report (in work/)"
+	@echo "make test   run every test"
+	@echo "make check  lint, then test"
+	@echo "make lint   format, style, types, spelling, file sizes"
+	@echo "make bench  measure every speed and accuracy claim"
+	@echo "make lock   resolve requirements/cpu.txt again from pyproject.toml"
+	@echo "make clean  remove .venv, builds and caches; work/ stays"
+
+demo: $(READY)
+	@test -d work/ads || { echo "== simulating an ads log into work/ads"; $(BIN)/mlenv data simulate --out work/ads; }
+	@echo "== training the demo ranker, examples/demo/ranker.yaml"
+	@$(BIN)/mlenv train examples/demo/ranker.yaml
+
+test: $(READY)
+	@echo "== running the tests"
+	@$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile
+
+check: lint
+	@$(MAKE) --no-print-directory test
+
+lint: $(READY)
+	@echo "== checking format, style, types, spelling and file sizes"
+	@PRE_COMMIT_HOME=.venv/pre-commit $(BIN)/pre-commit run --all-files
+
+bench: $(READY)
+	@echo "== running the benchmarks"
+	@$(BIN)/python -m benchmarks
+
+lock: .venv/bin/python
+	@echo "== resolving pyproject.toml into requirements/cpu.txt"
+	@$(BIN)/python requirements/lock.py
+
+clean:
+	@echo "== removing .venv, builds and caches; work/ stays, it holds your runs"
+	@rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -type d -not -path './work/*' -prune -exec rm -rf {} +
+
+.venv/bin/python:
+	@echo "== creating .venv with $(PYTHON)"
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "mlenv needs Python 3.11 or newer. Fix: make PYTHON=python3.11 ..."; exit 1; }
+	@"$(PYTHON)" -m venv .venv
+
+# The environment is made anew for a new lock, so that it never holds a package that the lock does not name.
+.venv/lock.stamp: requirements/cpu.txt
+	@rm -rf .venv
+	@$(MAKE) --no-print-directory .venv/bin/python
+	@echo "== installing the packages of requirements/cpu.txt into .venv (a few minutes, once)"
+	@$(PIP) -r requirements/cpu.txt
+	@$(BIN)/python -c 'import torch' || { echo "torch does not load. Fix: offer pip PyTorch's CPU builds, for example by PIP_EXTRA_INDEX_URL, and run make again"; exit 1; }
+	@touch $@
+
+$(READY): .venv/lock.stamp pyproject.toml
+	@echo "== installing mlenv itself into .venv, editable"
+	@$(PIP) --no-build-isolation --editable .
+	@touch $@

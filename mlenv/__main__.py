@@ -1,0 +1,7 @@
+"""``python -m mlenv``."""
+
+import sys
+
+from mlenv.cli import main
+
+sys.exit(main())

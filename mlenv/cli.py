@@ -1,0 +1,197 @@
+"""The command line: a thin layer over what Python can do as well."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mlenv.errors import MlenvError
+
+if TYPE_CHECKING:
+    from mlenv.config import ExperimentConfig
+    from mlenv.loops.evaluate import Evaluation
+
+DONE, FAILED, WRONG_INPUT = 0, 1, 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code: 0 done, 1 failed, 2 wrong usage, config or data."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if unknown := [word for word in rest if word.startswith("-") or "=" not in word]:
+        parser.error(f"unknown arguments: {' '.join(unknown)}. Settings are given as key=value.")
+    options.overrides = rest
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    logging.getLogger("mlenv").setLevel(logging.INFO)
+    # Read by OpenMP when torch is loaded: compute threads that spin while they wait take the cores that decode the data.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    sys.path.insert(0, os.getcwd())  # a model repo's own classes are named by import path
+    run: Callable[[argparse.Namespace], int] = options.run
+    try:
+        return run(options)
+    except MlenvError as error:
+        print(f"mlenv: {error}", file=sys.stderr)
+        return WRONG_INPUT
+    except KeyboardInterrupt:
+        print("mlenv: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return FAILED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="mlenv", description="Trains, measures and tracks ranking models.", allow_abbrev=False)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    def verb(
+        group: argparse._SubParsersAction[argparse.ArgumentParser], name: str, run: Callable[[argparse.Namespace], int], text: str
+    ) -> argparse.ArgumentParser:
+        made = group.add_parser(name, help=text, description=text, allow_abbrev=False)
+        made.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
+        made.set_defaults(run=run)
+        return made
+
+    for name, run, text in (
+        ("train", _train, "Train a model, or continue a killed training; measure it on the test window; write a report."),
+        ("evaluate", _evaluate, "Measure the newest checkpoint on the test window again, and write the report again."),
+        ("predict", _predict, "Write the predictions of the newest checkpoint for the test window."),
+    ):
+        made = verb(verbs, name, run, text)
+        made.add_argument("config", type=Path, help="YAML file; settings may follow as key=value")
+        if name == "predict":
+            made.add_argument("--out", type=Path, required=True, help="folder for the predictions")
+
+    data = verbs.add_parser("data", help="Make or convert data sets.", description="Make or convert data sets.").add_subparsers(
+        required=True, metavar="VERB"
+    )
+    made = verb(
+        data, "simulate", _simulate, "Write an ads log of several days whose truth is known. Settings as key=value, such as num_days=7."
+    )
+    made.add_argument("--out", type=Path, required=True, help="new folder for the day partitions")
+    made = verb(data, "convert", _convert, "Turn a public data set into day partitions.")
+    made.add_argument("dataset", choices=["kuairand"])
+    made.add_argument("--source", type=Path, required=True, help="folder of the original files")
+    made.add_argument("--out", type=Path, required=True, help="new folder for the day partitions")
+
+    made = verb(verbs, "ui", _ui, "Open MLflow on the runs tracked here.")
+    made.add_argument("--port", type=int, default=5000)
+    return parser
+
+
+def _train(options: argparse.Namespace) -> int:
+    config = _compose(options)
+    if options.dry_run:
+        return _show(config)
+    from mlenv.training import train
+
+    result = train(config)
+    print(f"trained {result.steps:,} steps -> {config.output}")
+    if result.evaluation is not None:
+        print(_table(result.evaluation, config.schema.tasks))
+        print(f"report   {result.report}")
+    if result.tracked_as:
+        print(f"MLflow   {result.tracked_as} (mlenv ui)")
+    return DONE
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    config = _compose(options)
+    if options.dry_run:
+        return _show(config)
+    from mlenv.experiment import Experiment
+    from mlenv.training import REPORT, evaluate_and_report
+
+    with Experiment(config) as experiment:
+        checkpoint = experiment.load()
+        evaluation = evaluate_and_report(experiment)
+    print(f"measured {checkpoint}")
+    print(_table(evaluation, config.schema.tasks))
+    print(f"report   {Path(config.output) / REPORT}")
+    return DONE
+
+
+def _predict(options: argparse.Namespace) -> int:
+    config = _compose(options)
+    if options.dry_run:
+        return _show(config)
+    from mlenv.experiment import Experiment
+    from mlenv.loops.evaluate import predict
+
+    with Experiment(config) as experiment:
+        checkpoint = experiment.load()
+        num_rows = predict(experiment.model, experiment.source("test"), options.out)
+    print(f"{num_rows:,} rows scored with {checkpoint} -> {options.out}")
+    return DONE
+
+
+def _simulate(options: argparse.Namespace) -> int:
+    from omegaconf import OmegaConf
+
+    from mlenv.compose import from_plain, to_yaml
+    from mlenv.datasets.simulated_ads import SimulationConfig, simulate
+
+    config = from_plain(OmegaConf.to_container(OmegaConf.from_dotlist(options.overrides)), SimulationConfig, "simulation")  # type: ignore[arg-type]
+    if options.dry_run:
+        print(to_yaml(config), end="")
+        return DONE
+    simulate(config, options.out)
+    print(f"wrote {options.out}")
+    return DONE
+
+
+def _convert(options: argparse.Namespace) -> int:
+    if options.dry_run:
+        print(f"would convert {options.dataset} from {options.source} to {options.out}")
+        return DONE
+    from mlenv.datasets.kuairand import convert_kuairand
+
+    convert_kuairand(options.source, options.out)
+    print(f"wrote {options.out}")
+    return DONE
+
+
+def _ui(options: argparse.Namespace) -> int:
+    from mlenv.tracking import DEFAULT_URI
+
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
+    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri, "--port", str(options.port)]
+    if uri.startswith(("http://", "https://")):
+        print(f"the runs are at {uri}")
+        return DONE
+    if options.dry_run:
+        print(" ".join(command))
+        return DONE
+    os.execv(sys.executable, command)
+
+
+def _compose(options: argparse.Namespace) -> ExperimentConfig:
+    from mlenv.compose import compose
+
+    return compose(options.config, options.overrides)
+
+
+def _show(config: ExperimentConfig) -> int:
+    from mlenv.compose import to_yaml
+
+    print(to_yaml(config), end="")
+    return DONE
+
+
+def _table(evaluation: Evaluation, tasks: Sequence[str]) -> str:
+    """The figures of each task, beside the best reachable where the data know the truth."""
+    names = {"auc": "AUC", "normalized_entropy": "NE", "calibration": "calibration"}
+    best = {"auc": "best AUC", "normalized_entropy": "best NE"} if evaluation.best else {}
+    rows = [["task", *names.values(), *best.values()]]
+    for task in tasks:
+        figures = [evaluation.metrics.get(f"{task}/{name}") for name in names] + [evaluation.best.get(f"{task}/{name}") for name in best]
+        rows.append([task, *("-" if figure is None else f"{figure:.4f}" for figure in figures)])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if place == 0 else cell.rjust(width) for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    )

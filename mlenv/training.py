@@ -1,0 +1,82 @@
+"""The whole job: train, measure on held-out days, report."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlenv.config import ExperimentConfig
+from mlenv.datasets.coverage import feature_columns, feature_coverage
+from mlenv.experiment import Experiment
+from mlenv.loops.evaluate import Evaluation, evaluate
+from mlenv.loops.fit import fit
+from mlenv.loops.journal import Journal
+from mlenv.report import Report, write_report
+
+PREDICTIONS = "predictions"
+METRICS = "metrics.json"
+REPORT = "report.html"
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a training leaves in its output folder."""
+
+    steps: int
+    evaluation: Evaluation | None
+    """On the test window; None without one."""
+    report: Path | None
+    tracked_as: str
+    """The run in MLflow; empty when it is not tracked."""
+
+
+def train(config: ExperimentConfig) -> TrainingResult:
+    """Trains to the end, or goes on where a killed run stopped; then measures the model on the test window and reports.
+
+    Raises:
+        MlenvError: the config, the data or a checkpoint cannot be used; before anything is written.
+    """
+    with Experiment(config) as experiment:
+        windows = [split for split in ("validation", "test") if getattr(config.data, split) is not None]
+        for split in windows:
+            experiment.source(split)
+        progress = fit(experiment.step, experiment.source("train"), experiment.run, config.loop)
+        evaluation = evaluate_and_report(experiment) if "test" in windows else None
+        if evaluation is not None:
+            _journal_once(experiment.run.journal, progress.step, evaluation)
+        for name in (METRICS, REPORT, f"checkpoints/step-{progress.step:08d}"):
+            if (experiment.output / name).exists():
+                experiment.keep(experiment.output / name, "model" if name.startswith("checkpoints") else "")
+        report = experiment.output / REPORT if evaluation is not None else None
+        tracked_as = experiment.tracked_as
+    return TrainingResult(progress.step, evaluation, report, tracked_as)
+
+
+def evaluate_and_report(experiment: Experiment) -> Evaluation:
+    """Scores the test window; writes predictions, metrics and the report into the output folder."""
+    output, schema, source = experiment.output, experiment.schema, experiment.source("test")
+    evaluation = evaluate(experiment.model, source, output / PREDICTIONS)
+    finite = {name: value if math.isfinite(value) else None for name, value in evaluation.metrics.items()}
+    (output / METRICS).write_text(json.dumps(finite, indent=2))
+    report = Report(
+        title=experiment.config.name,
+        facts=experiment.facts,
+        tasks=schema.tasks,
+        metrics=evaluation.metrics,
+        best=evaluation.best,
+        reliability=evaluation.reliability,
+        history=Journal(output / "metrics.jsonl").read(),
+        coverage=feature_coverage(source.record_batches(feature_columns(schema)), schema),
+        artifacts={"predictions": PREDICTIONS, "config": "config.yaml", "checkpoints": "checkpoints"},
+    )
+    write_report(report, output / REPORT)
+    return evaluation
+
+
+def _journal_once(journal: Journal, step: int, evaluation: Evaluation) -> None:
+    """Adds the test metrics, unless a training that was already complete is only run again."""
+    values = {f"test/{name}": value for name, value in evaluation.metrics.items()}
+    if not any(values.keys() <= line.keys() for line in journal.read()):
+        journal.append(step, values)

@@ -1,0 +1,188 @@
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from mlenv.batch import Position
+from mlenv.datasets.encoding import RowError, check_columns, encode, to_batch
+from mlenv.datasets.hashing import hash_ids
+from mlenv.schema import (
+    Binary,
+    Categorical,
+    DenseVector,
+    Label,
+    MultiCategorical,
+    Numeric,
+    Schema,
+    Sequence,
+    SequenceField,
+    Table,
+    Weighted,
+)
+
+SCHEMA = Schema(
+    features={
+        "item": Categorical(),
+        "country": Categorical(storage="string"),
+        "device": Categorical(storage="string", default="phone"),
+        "tags": MultiCategorical(max_length=2),
+        "topics": Weighted(),
+        "price": Numeric(default=-1.0),
+        "is_new": Binary(default=True),
+        "vector": DenseVector(dim=2),
+        "history": Sequence(fields={"item": SequenceField(table="item"), "action": SequenceField(storage="string")}, max_length=2),
+    },
+    tables={
+        "item": Table(num_embeddings=10, embedding_dim=4),
+        "country": Table(num_embeddings=1000, embedding_dim=4, ids="hash"),
+        "device": Table(num_embeddings=2, embedding_dim=4, ids="vocabulary", vocabulary=("phone", "tv")),
+        "tags": Table(num_embeddings=5, embedding_dim=4),
+        "topics": Table(num_embeddings=5, embedding_dim=4),
+        "history.action": Table(num_embeddings=5, embedding_dim=2, ids="vocabulary", vocabulary=("click",), out_of_range="hash"),
+    },
+    labels={"click": Label(), "buy": Label(mask="click", weight="value")},
+    row_key=("key",),
+)
+ROWS = {
+    "item": pa.array([3, None, 9]),
+    "country": pa.array(["at", None, "at"]),
+    "device": pa.array(["tv", None, "phone"]),
+    "tags": pa.array([[1, None, 2, 3], None, []], pa.list_(pa.int64())),
+    "topics": pa.array([[(1, 0.5), (4, None)], [], None], pa.map_(pa.int64(), pa.float32())),
+    "price": pa.array([1.5, None, float("nan")]),
+    "is_new": pa.array([False, None, True]),
+    "vector": pa.array([[1.0, 2.0], None, [3.0, None]], pa.list_(pa.float32(), 2)),
+    "history_item": pa.array([[1, 2, 3], [], None], pa.list_(pa.int32())),
+    "history_action": pa.array([["click", "other", "click"], [], None], pa.list_(pa.string())),
+    "click": pa.array([1, 0, 1], pa.int8()),
+    "buy": pa.array([1, None, 0], pa.int8()),
+    "value": pa.array([2.0, 3.0, 0.5]),
+    "key": pa.array([100, 101, 102]),
+}
+
+
+def rows(**changes):
+    return pa.RecordBatch.from_pydict(ROWS | changes)
+
+
+def bags(batch):
+    """Ids per key and example, the slow obvious way."""
+    sparse, place, result = batch.sparse, 0, {}
+    for number, key in enumerate(sparse.keys):
+        result[key] = []
+        for length in sparse.lengths[number * sparse.batch_size : (number + 1) * sparse.batch_size].tolist():
+            result[key].append(sparse.values[place : place + length].tolist())
+            place += length
+    assert place == len(sparse.values)
+    return result
+
+
+def test_every_kind_becomes_numbers():
+    batch = to_batch([encode(rows(), SCHEMA, with_metadata=True)], Position(0, 0, 3))
+    at = int(hash_ids(pa.array(["at"]))[0] % 1000)
+    other = 1 + int(hash_ids(pa.array(["other"]))[0] % 4)
+    assert bags(batch) == {
+        "country": [[at], [], [at]],
+        "device": [[1], [0], [0]],
+        "tags": [[1], [], []],  # cut to two elements, of which one is null
+        "topics": [[1, 4], [], []],
+        "item": [[3], [], [9]],
+        "history.item": [[2, 3], [], []],  # the last two
+        "history.action": [[other, 0], [], []],
+    }
+    weighted = batch.sparse.select(3, 4)
+    assert weighted.keys == ("topics",)
+    assert weighted.weights.tolist() == [0.5, 0.0]
+    assert batch.dense.tolist() == [[1.5, 0, 1, 2], [-1, 1, 0, 0], [-1, 1, 3, 0]]
+    assert batch.labels.tolist() == [[1, 1], [0, 0], [1, 0]]
+    assert batch.weights.tolist() == [[1, 2], [1, 0], [1, 0.5]]
+    assert batch.metadata.to_pydict() == {"key": [100, 101, 102]}
+    assert (batch.dense.dtype, batch.sparse.values.dtype, batch.sparse.lengths.dtype) == (torch.float32, torch.int64, torch.int32)
+
+
+def test_cutting_and_joining_loses_nothing():
+    whole = encode(rows(), SCHEMA, with_metadata=True)
+    order = np.array([2, 0, 1])
+    pieces = to_batch([whole.take(order).rows(0, 1), whole.take(order).rows(1, 3)], Position())
+    together = to_batch([encode(rows().take(pa.array(order)), SCHEMA, with_metadata=True)], Position())
+    assert bags(pieces) == bags(together)
+    assert torch.equal(pieces.sparse.weights, together.sparse.weights)
+    assert torch.equal(pieces.dense, together.dense)
+    assert torch.equal(pieces.labels, together.labels)
+    assert pieces.metadata.equals(together.metadata)
+
+
+def test_storage_may_vary():
+    pairs = pa.array([[{"id": 1, "weight": 0.5}], [], None], pa.list_(pa.struct([("id", pa.int64()), ("weight", pa.float64())])))
+    changes = {
+        "country": ROWS["country"].dictionary_encode(),
+        "item": ROWS["item"].cast(pa.int8()),
+        "topics": pairs,
+        "tags": ROWS["tags"].cast(pa.large_list(pa.int16())),
+        "price": pa.array([1, None, 2]),
+        "is_new": pa.array([0, None, 1]),
+        "click": pa.array([True, False, True]),
+        "device": ROWS["device"].dictionary_encode(),
+    }
+    assert not list(check_columns(rows(**changes).schema, SCHEMA, "here", with_metadata=True))
+    batch = to_batch([encode(rows(**changes), SCHEMA)], Position())
+    assert bags(batch)["country"] == bags(to_batch([encode(rows(), SCHEMA)], Position()))["country"]
+    assert batch.dense[:, 0].tolist() == [1, -1, 2]
+    assert bags(batch)["device"] == [[1], [0], [0]]
+
+
+def test_slices_of_columns_are_read_at_their_offset():
+    doubled = pa.concat_tables([pa.Table.from_batches([rows()])] * 2).combine_chunks().to_batches()[0]
+    assert bags(to_batch([encode(doubled.slice(3), SCHEMA)], Position())) == bags(to_batch([encode(rows(), SCHEMA)], Position()))
+
+
+@pytest.mark.parametrize(
+    ("changes", "row", "column", "received"),
+    [
+        ({"item": pa.array([3, 9, 10])}, 2, "item", 10),
+        ({"item": pa.array([3, -1, 10])}, 1, "item", -1),
+        ({"device": pa.array(["tv", "tv", "car"])}, 2, "device", "car"),
+        ({"tags": pa.array([[], [1, 7], []])}, 1, "tags", 7),
+        ({"click": pa.array([1, None, 0])}, 1, "click", None),
+        ({"click": pa.array([1, 2, 0])}, 1, "click", 2),
+        ({"value": pa.array([1.0, 1.0, -1.0])}, 2, "value", -1.0),
+        ({"is_new": pa.array([0, 5, 1])}, 1, "is_new", 5),
+        ({"vector": pa.array([[1.0, 2.0], [1.0], None])}, 1, "vector", "1 numbers"),
+        ({"history_action": pa.array([["click", "click"], [], None])}, 0, "history_action", 2),
+        ({"history_action": pa.array([["click"] * 3, ["click"], None])}, 1, "history_action", 1),
+        ({"history_item": pa.array([[1, None], [], None]), "history_action": pa.array([["a", "b"], [], None])}, 0, "history_item", None),
+    ],
+)
+def test_a_wrong_value_is_found_in_its_row(changes, row, column, received):
+    with pytest.raises(RowError) as caught:
+        encode(rows(**changes), SCHEMA)
+    error = caught.value
+    assert (error.row, error.column, error.received) == (row, column, received)
+
+
+def test_ids_out_of_range_may_be_hashed():
+    table = Table(num_embeddings=10, embedding_dim=4, out_of_range="hash")
+    schema = Schema(features={"item": Categorical()}, tables={"item": table}, labels={"click": Label()})
+    batch = to_batch([encode(pa.RecordBatch.from_pydict({"item": [3, 10, -5], "click": [0, 0, 1]}), schema)], Position())
+    assert batch.sparse.values.tolist() == [3, *(hash_ids(pa.array([10, -5])) % 10).tolist()]
+
+
+def test_columns_that_do_not_fit_are_all_named():
+    wrong = rows(item=pa.array(["a", "b", "c"]), price=pa.array(["1", "2", "3"]), tags=pa.array([1, 2, 3]), topics=ROWS["tags"])
+    columns = wrong.drop_columns(["country"]).schema
+    messages = [str(error) for error in check_columns(columns, SCHEMA, "part-0.parquet", with_metadata=True)]
+    assert len(messages) == 5
+    assert messages[0].startswith("part-0.parquet, column 'country': expected a column of this name. Received: 'none'.")
+    assert any("column 'item': expected int64. Received: 'string'" in message for message in messages)
+    assert any("column 'price': expected a number" in message for message in messages)
+    assert any("column 'tags': expected list<int64>" in message for message in messages)
+    assert any("column 'topics': expected map<int64, float>" in message for message in messages)
+
+
+def test_no_rows_and_no_sparse_features():
+    empty = to_batch([encode(rows().slice(0, 0), SCHEMA)], Position())
+    assert len(empty) == 0
+    dense = Schema(features={"price": Numeric()}, labels={"click": Label()})
+    batch = to_batch([encode(rows(), dense)], Position())
+    assert batch.sparse.keys == ()
+    assert batch.dense.shape == (3, 1)

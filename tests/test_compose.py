@@ -1,0 +1,124 @@
+import pytest
+
+from mlenv.compose import compose, from_plain, to_plain, to_yaml
+from mlenv.config import ExperimentConfig
+from mlenv.errors import ConfigError, Problems
+from mlenv.modules import CrossNetConfig, RankerConfig
+from mlenv.schema import Categorical, Numeric
+
+CONTROL = """
+name: control
+output: out
+schema:
+  features:
+    item: {kind: categorical}
+    price: {kind: numeric, log1p: true}
+  tables:
+    item: {num_embeddings: 10, embedding_dim: 4}
+  labels: {click: {}}
+data: {path: data, train: {end: 2026-01-03}, test: {start: 2026-01-04}}
+model: {kind: ranker, crossing: {kind: cross_net, num_layers: 2}}
+"""
+
+
+@pytest.fixture
+def control(tmp_path):
+    file = tmp_path / "control.yaml"
+    file.write_text(CONTROL)
+    return file
+
+
+def test_defaults_then_file_then_overrides(control):
+    config = compose(control, ["loop.max_steps=7", "model.deep.hidden=[8, 4]", "optimizer.learning_rate=1e-2"])
+    assert config.loop.max_steps == 7
+    assert config.loop.log_every_steps == 50
+    assert config.optimizer.learning_rate == 0.01
+    assert config.model.deep.hidden == (8, 4)
+    assert config.model.crossing == CrossNetConfig(num_layers=2)
+    assert config.schema.features == {"item": Categorical(), "price": Numeric(log1p=True)}
+    assert config.data.train.end == "2026-01-03"
+
+
+def test_a_variant_extends_its_control(control, tmp_path):
+    (tmp_path / "sub").mkdir()
+    variant = tmp_path / "sub" / "variant.yaml"
+    variant.write_text("extends: ../control.yaml\nname: variant\nschema: {features: {price: null}}\nmodel: {crossing: null}\n")
+    config = compose(variant)
+    assert (config.name, config.output) == ("variant", "out")
+    assert list(config.schema.features) == ["item"]
+    assert config.model.crossing is None
+
+
+def test_a_changed_kind_starts_afresh(control, tmp_path):
+    variant = tmp_path / "variant.yaml"
+    variant.write_text("extends: control.yaml\nschema: {features: {price: {kind: binary}}}\n")
+    assert compose(variant).schema.features["price"].default is False
+
+
+def test_a_composed_config_composes_to_itself(control):
+    config = compose(control)
+    assert from_plain(to_plain(config), ExperimentConfig) == config
+    control.write_text(to_yaml(config))
+    assert compose(control) == config
+
+
+def test_a_class_of_the_team_is_named_by_its_import_path(control):
+    config = compose(control, ["model.kind=mlenv.modules.ranker:RankerConfig", "model.crossing.kind=cross_net"])
+    assert isinstance(config.model, RankerConfig)
+
+
+def test_every_problem_is_named_at_once(control):
+    overrides = [
+        "loop.max_stps=5",
+        "loop.device=gpu",
+        "data.batch_size=many",
+        "schema.tables.item.num_embeddings=0",
+        "data.train.end=soon",
+        "model.kind=rankr",
+    ]
+    with pytest.raises(Problems) as caught:
+        compose(control, overrides)
+    text = str(caught.value)
+    assert "6 problems" in text
+    assert "loop.max_stps: expected a key of LoopConfig. Received: 5. Fix: did you mean 'max_steps'." in text
+    assert "loop.device: expected one of ['auto', 'cpu', 'cuda']. Received: 'gpu'." in text
+    assert "data.batch_size: expected a value of type int. Received: 'many'." in text
+    assert "schema.tables.item.num_embeddings: expected a number >= 1. Received: 0." in text
+    assert "data.train.end: expected a day as YYYY-MM-DD. Received: 'soon'." in text
+    assert "model.kind: expected one of ['ranker']" in text
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("objective.task_weights.clik=2", "did you mean 'click'"),
+        ("data.test.start=2026-01-02", "data.test: expected days outside the training window"),
+        ("loop.evaluate_every_steps=5", "loop.evaluate_every_steps: expected a number of steps exactly when data.validation is set"),
+        ("schema.features.item.table=itm", "schema.features.item.table: expected a table of the schema"),
+        ("optimizer.learning_rate=0", "optimizer.learning_rate: expected a number > 0"),
+        ("model.deep.dropout=1.5", "model.deep.dropout: expected a share in [0, 1)"),
+        ("data=null", "data: expected the keys of DataConfig"),
+        ("data.test.path=${nothing}", "expected interpolations that resolve"),
+        ("no_equals_sign", "expected key=value"),
+    ],
+)
+def test_contradictions_are_refused(control, override, message):
+    with pytest.raises((Problems, ConfigError)) as caught:
+        compose(control, [override])
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("extends: control.yaml", "expected a file that does not extend itself"),
+        ("extends: missing.yaml", "missing.yaml: expected a readable YAML file"),
+        ("a: [1", "control.yaml: expected YAML"),
+        ("- 1", "control.yaml: expected a mapping of keys"),
+    ],
+)
+def test_files_that_cannot_be_read_are_named(control, text, message):
+    control.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        compose(control)
+    assert message in str(caught.value)

@@ -1,0 +1,103 @@
+import pytest
+
+from mlenv.errors import ConfigError, Problems
+from mlenv.schema import Categorical, DenseVector, Label, MultiCategorical, Numeric, Schema, Sequence, SequenceField, Table, Weighted
+
+ITEM = Table(num_embeddings=10, embedding_dim=4)
+
+
+def schema(**changes):
+    features = {
+        "topics": Weighted(table="topic"),
+        "history": Sequence(fields={"item": SequenceField(table="item"), "action": SequenceField()}, max_length=5),
+        "item": Categorical(),
+        "age": Numeric(),
+        "country": Categorical(storage="string"),
+        "vector": DenseVector(dim=3),
+        "tags": MultiCategorical(table="country", storage="string"),
+    }
+    tables = {
+        "item": ITEM,
+        "history.action": Table(num_embeddings=3, embedding_dim=2),
+        "topic": Table(num_embeddings=5, embedding_dim=2),
+        "country": Table(num_embeddings=100, embedding_dim=4, ids="hash"),
+    }
+    return Schema(**{"features": features, "tables": tables, "labels": {"click": Label()}} | changes)
+
+
+def test_keys_of_one_lookup_are_contiguous():
+    keys = schema().sparse_keys
+    assert [(key.name, key.lookup) for key in keys] == [
+        ("country", "pooled"),
+        ("tags", "pooled"),
+        ("topics", "pooled_weighted"),
+        ("history.item", "unpooled"),
+        ("history.action", "unpooled"),
+        ("item", "unpooled"),  # shares its table with a sequence
+    ]
+    assert [key.column for key in keys] == ["country", "tags", "topics", "history_item", "history_action", "item"]
+
+
+def test_dense_columns_lie_side_by_side():
+    assert [(column.name, column.start, column.width) for column in schema().dense_columns] == [("age", 0, 1), ("vector", 1, 3)]
+    assert schema().num_dense == 4
+
+
+def test_fingerprint_follows_what_the_model_sees_and_nothing_else():
+    before = schema()
+    owned = schema(features=before.features | {"age": Numeric(owner="ads", core=True, entity="user")}, segments=("country",))
+    assert owned.fingerprint == before.fingerprint
+    for other in (
+        schema(features=before.features | {"age": Numeric(log1p=True)}),
+        schema(tables=before.tables | {"item": Table(num_embeddings=11, embedding_dim=4)}),
+        schema(labels={"click": Label(column="clicked")}),
+        schema(features=dict(reversed(before.features.items()))),
+    ):
+        assert other.fingerprint != before.fingerprint
+        assert before.differences(other)
+
+
+def test_differences_are_spelled_out_by_feature():
+    before = schema()
+    features = {name: feature for name, feature in before.features.items() if name != "vector"} | {
+        "age": Numeric(log1p=True),
+        "price": Numeric(),
+    }
+    assert before.differences(schema(features=features)) == [
+        "features.vector: removed",
+        "features.price: added",
+        "features.age.log1p: False became True",
+    ]
+    assert before.differences(schema()) == []
+
+
+def test_every_problem_is_reported_at_once():
+    with pytest.raises(Problems) as caught:
+        Schema(
+            features={"item": Categorical(table="itme"), "word": Categorical(storage="string")},
+            tables={"item": ITEM, "word": ITEM},
+            labels={"click": Label(column="item")},
+        )
+    text = str(caught.value)
+    assert "features.item.table: expected a table of the schema. Received: 'itme'" in text
+    assert "did you mean 'item'" in text
+    assert "tables.item: expected a feature that uses it" in text
+    assert "tables.word.ids: expected hash or vocabulary" in text
+    assert "labels.click: expected a column that no feature reads" in text
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_embeddings": 0, "embedding_dim": 4},
+        {"num_embeddings": 4, "embedding_dim": 0},
+        {"num_embeddings": 4, "embedding_dim": 4, "ids": "vocabulary"},
+        {"num_embeddings": 4, "embedding_dim": 4, "vocabulary": ("a",)},
+        {"num_embeddings": 1, "embedding_dim": 4, "ids": "vocabulary", "vocabulary": ("a", "b")},
+        {"num_embeddings": 2, "embedding_dim": 4, "ids": "vocabulary", "vocabulary": ("a", "b"), "out_of_range": "hash"},
+        {"num_embeddings": 3, "embedding_dim": 4, "ids": "vocabulary", "vocabulary": ("a", "a")},
+    ],
+)
+def test_a_table_that_cannot_work_is_refused(options):
+    with pytest.raises(ConfigError):
+        Table(**options)
