@@ -61,8 +61,8 @@ class ParquetSource:
         self._window_rows = config.shuffle_rows if shuffle else 0
         self._shuffle, self._seed, self._threads = shuffle and config.shuffle_rows > 0, seed, config.decode_threads
         self._with_metadata, self._rank, self._world_size = with_metadata, rank, world_size
-        self._filesystem, root = open_folder(config.path)
-        self._root = str(PurePosixPath(root, window.path))
+        self._filesystem, self._data = open_folder(config.path)
+        self._root = str(PurePosixPath(self._data, window.path))
         self._footers = self._read_footers(window)
         self._row_groups = [
             RowGroup(file, index, footer.row_group(index).num_rows)
@@ -93,7 +93,7 @@ class ParquetSource:
     def fingerprint(self) -> str:
         """Twelve hex digits of the files, their row groups and their rows; changes when the data does."""
         text = "\n".join(
-            f"{PurePosixPath(group.file).relative_to(self._root)} {group.index} {group.num_rows}" for group in self._row_groups
+            f"{PurePosixPath(group.file).relative_to(self._data)} {group.index} {group.num_rows}" for group in self._row_groups
         )
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -222,7 +222,7 @@ class ParquetSource:
 
     def _partitions(self, file: str) -> dict[str, str]:
         """Keys and values of the folders ``key=value`` that a file lies in; they act as text columns."""
-        return dict(part.split("=", 1) for part in PurePosixPath(file).relative_to(self._root).parts[:-1] if "=" in part)
+        return dict(part.split("=", 1) for part in PurePosixPath(file).relative_to(self._data).parts[:-1] if "=" in part)
 
     def _columns(self, file: str, footer: pq.FileMetaData) -> pa.Schema:
         types = {field.name: field.type for field in footer.schema.to_arrow_schema()}

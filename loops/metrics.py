@@ -89,6 +89,7 @@ class BinaryMetrics:
         self.request = request
         # A slice is a value of a segment column, or all rows. A cell is a fine bin of a task of a slice.
         self._slices: dict[tuple[str, str], int] = {_OVERALL: 0}
+        self._slice_cells = len(self.tasks) * _BINS
         self._cells: list[Ints] = [np.zeros(0, np.int64)]
         self._sums: list[Floats] = [np.zeros((0, 5))]
         self._row_type = np.dtype(
@@ -148,8 +149,7 @@ class BinaryMetrics:
             raise DataError("metrics to merge", expected=f"tasks, segments and request {mine}", received=theirs)
         slices = np.array([self._slice(*key) for key in other._slices])
         cells, sums = other._compacted()
-        slice_cells = len(self.tasks) * _BINS
-        self._add(slices[cells // slice_cells] * slice_cells + cells % slice_cells, sums)
+        self._add(self._renumbered(cells, slices), sums)
         rows = np.concatenate(other._rows)
         rows["slice"] = slices[rows["slice"]]
         self._rows.append(rows)
@@ -183,8 +183,7 @@ class BinaryMetrics:
         reports = {name: number for number, name in enumerate(dict.fromkeys(names))}
         report_of_slice = np.array([reports[name] for name in names])
         cells, sums = self._compacted()
-        slice_cells = len(self.tasks) * _BINS
-        cells, sums = _summed(report_of_slice[cells // slice_cells] * slice_cells + cells % slice_cells, sums)
+        cells, sums = _summed(self._renumbered(cells, report_of_slice), sums)
         ends = np.searchsorted(cells, np.arange(len(reports) * len(self.tasks) + 1) * _BINS)
         grouped_auc = self._grouped_auc(report_of_slice, len(reports)) if self.request else None
 
@@ -263,10 +262,14 @@ class BinaryMetrics:
             self._cells, self._sums = [cells], [sums]
         return self._cells[0], self._sums[0]
 
+    def _renumbered(self, cells: Ints, numbers: Ints) -> Ints:
+        """The same bins and tasks, in the slices that ``numbers`` gives for each slice."""
+        return numbers[cells // self._slice_cells] * self._slice_cells + cells % self._slice_cells
+
     def _report_names(self) -> list[str]:
         """What each slice is reported as: the end of its metric keys."""
         cells, sums = self._compacted()
-        weights = np.bincount(cells // (len(self.tasks) * _BINS), sums[:, _POSITIVES] + sums[:, _NEGATIVES], minlength=len(self._slices))
+        weights = np.bincount(cells // self._slice_cells, sums[:, _POSITIVES] + sums[:, _NEGATIVES], minlength=len(self._slices))
         names = {0: ""}
         for segment in self.segments:
             slices = [(value, number) for (column, value), number in self._slices.items() if column == segment]
@@ -348,7 +351,7 @@ def _calibration_bins(sums: Floats) -> tuple[Floats, Floats, Floats]:
 
 def _auc_within_groups(
     report: Ints, group: NDArray[np.uint64], prediction: NDArray[np.float32], label: NDArray[np.int8]
-) -> tuple[Ints, Floats, Floats]:
+) -> tuple[NDArray[np.intp], Floats, Floats]:
     """First row, AUC and examples of each group that has both classes. Rows come sorted by report, group, prediction."""
     starts_group = _changes(report) | _changes(group)
     starts_run = starts_group | _changes(prediction)  # a run is the rows of a group that share a prediction
@@ -361,8 +364,9 @@ def _auc_within_groups(
     below = np.cumsum(negatives) - negatives / 2 - negatives_before_group[group_of_run]
     wins = np.bincount(group_of_run, positives * below)
     both = (group_positives > 0) & (group_negatives > 0)
-    auc = wins[both] / (group_positives * group_negatives)[both]
-    return np.flatnonzero(starts_group)[both], auc, (group_positives + group_negatives)[both]
+    auc: Floats = wins[both] / (group_positives * group_negatives)[both]
+    size = (group_positives + group_negatives)[both].astype(np.float64)
+    return np.flatnonzero(starts_group)[both], auc, size
 
 
 def _changes(values: NDArray[Any]) -> NDArray[np.bool_]:

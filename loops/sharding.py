@@ -25,8 +25,8 @@ def shard(model: nn.Module, config: EmbeddingsConfig, device: torch.device, seed
     from torchrec import EmbeddingBagCollection, EmbeddingCollection
     from torchrec.distributed import DistributedModelParallel
     from torchrec.distributed.embedding import EmbeddingCollectionSharder
-    from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
     from torchrec.distributed.embedding_types import EmbeddingComputeKernel
+    from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
     from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
     from torchrec.distributed.types import ShardingType
     from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
@@ -63,7 +63,7 @@ def shard(model: nn.Module, config: EmbeddingsConfig, device: torch.device, seed
 
 def is_table(name: str) -> bool:
     """Whether a name of a TorchRec state dict is an embedding table."""
-    return ".embedding_bags." in name or ".embeddings." in name and ".collections." in name
+    return ".embedding_bags." in name or (".embeddings." in name and ".collections." in name)
 
 
 def table_of(name: str) -> str:

@@ -104,7 +104,7 @@ class Outbox:
         new_params = {_name(key): value[:_PARAM_LENGTH] for key, value in self.record.params.items() if _name(key) not in run.data.params}
         for params in _batches([Param(key, value) for key, value in new_params.items()], _PARAMS_PER_BATCH):
             client.log_batch(run.info.run_id, params=params)
-        for tags in _batches([RunTag(key, value) for key, value in self.record.tags.items()], _PARAMS_PER_BATCH):
+        for tags in _batches([RunTag(_name(key), value) for key, value in self.record.tags.items()], _PARAMS_PER_BATCH):
             client.log_batch(run.info.run_id, tags=tags)
         self._status = run.info.status
         self._sent_steps = {metric.key: metric.step for metric in run.data.to_proto().metrics}

@@ -148,7 +148,7 @@ class SequenceField:
     storage: IdStorage = "int64"
     """What the elements are."""
     table: str = ""
-    """Embedding table; ``feature.field`` when empty."""
+    """Embedding table; ``feature_field`` when empty."""
     column: str = ""
     """Column of the data; ``feature_field`` when empty."""
 
@@ -357,7 +357,7 @@ class Schema:
                         key,
                         entry.column or f"{name}_{part}",
                         entry.storage,
-                        entry.table or key,
+                        entry.table or f"{name}_{part}",
                         "sequence",
                         "pooled",
                         name,
@@ -381,6 +381,8 @@ class Schema:
                 yield ConfigError(
                     f"tables.{key.table}.ids", expected=f"hash or vocabulary, because feature {key.name} holds strings", received="index"
                 )
+        for name in (name for name in self.tables if "." in name):
+            yield ConfigError(f"tables.{name}", expected="a name without dots, because it becomes part of a parameter's name", received=name)
         for name in self.tables.keys() - used:
             yield ConfigError(
                 f"tables.{name}", expected="a feature that uses it", received="none", fix="remove the table, or name it in a feature"

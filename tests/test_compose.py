@@ -1,3 +1,5 @@
+from __future__ import annotations
+
 import pytest
 
 from mlenv.compose import compose, from_plain, to_plain, to_yaml

@@ -1,3 +1,5 @@
+from __future__ import annotations
+
 import pytest
 
 from mlenv.errors import ConfigError, Problems
@@ -18,7 +20,7 @@ def schema(**changes):
     }
     tables = {
         "item": ITEM,
-        "history.action": Table(num_embeddings=3, embedding_dim=2),
+        "history_action": Table(num_embeddings=3, embedding_dim=2),
         "topic": Table(num_embeddings=5, embedding_dim=2),
         "country": Table(num_embeddings=100, embedding_dim=4, ids="hash"),
     }

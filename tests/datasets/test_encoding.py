@@ -1,3 +1,5 @@
+from __future__ import annotations
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -38,7 +40,7 @@ SCHEMA = Schema(
         "device": Table(num_embeddings=2, embedding_dim=4, ids="vocabulary", vocabulary=("phone", "tv")),
         "tags": Table(num_embeddings=5, embedding_dim=4),
         "topics": Table(num_embeddings=5, embedding_dim=4),
-        "history.action": Table(num_embeddings=5, embedding_dim=2, ids="vocabulary", vocabulary=("click",), out_of_range="hash"),
+        "history_action": Table(num_embeddings=5, embedding_dim=2, ids="vocabulary", vocabulary=("click",), out_of_range="hash"),
     },
     labels={"click": Label(), "buy": Label(mask="click", weight="value")},
     row_key=("key",),

@@ -6,6 +6,7 @@ import io
 import json
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -36,10 +37,11 @@ class Log:
         self.segment = random.choice(np.array(segments, dtype=object), rows)
         self.request = np.sort(random.integers(0, max(1, rows // 6), rows))
 
-    def metrics(self, rows: slice = slice(None), batch_size: int = 4096, *, into: BinaryMetrics | None = None) -> BinaryMetrics:
-        metrics = into or BinaryMetrics(TASKS, segments=("placement",), request="request")
-        for start in range(len(self.labels))[rows][::batch_size]:
-            batch = slice(start, min(start + batch_size, len(self.labels) if rows.stop is None else rows.stop))
+    def metrics(self, start: int = 0, stop: int | None = None, batch_size: int = 4096) -> BinaryMetrics:
+        metrics = BinaryMetrics(TASKS, segments=("placement",), request="request")
+        end = len(self.labels) if stop is None else stop
+        for first in range(start, end, batch_size):
+            batch = slice(first, min(first + batch_size, end))
             metadata = pa.record_batch({"placement": pa.array(self.segment[batch], pa.string()), "request": pa.array(self.request[batch])})
             metrics.update(self.predictions[batch], self.labels[batch], self.weights[batch], metadata)
         return metrics
@@ -50,7 +52,7 @@ class Log:
         """Predictions, labels, weights and requests of the examples that count."""
         counted = (self.weights[:, task].numpy() > 0) & ((self.segment == segment) if segment != "all" else True)
         arrays = (tensor[:, task].double().numpy()[counted] for tensor in (self.predictions, self.labels, self.weights))
-        return *arrays, self.request[counted].tolist()  # type: ignore[return-value]
+        return *arrays, self.request[counted].tolist()
 
 
 def only(metrics: BinaryMetrics, metric: str, task: str = "click") -> float:
@@ -93,7 +95,8 @@ def obvious_calibration_error(predictions: NDArray[np.float64], labels: NDArray[
 def test_every_metric_equals_an_independent_computation(task: int, segment: str | None) -> None:
     log = Log(30_000, seed=1)
     suffix = "" if segment == "all" else f"@placement={segment or 'null'}"
-    found = {metric: log.metrics().compute()[f"{TASKS[task]}/{metric}{suffix}"] for metric in METRICS}
+    computed = log.metrics().compute()
+    found = {metric: computed[f"{TASKS[task]}/{metric}{suffix}"] for metric in METRICS}
     predictions, labels, weights, requests = log.of_task(task, segment)
     base_rate = np.average(labels, weights=weights)
     loss = log_loss(labels, predictions, sample_weight=weights)
@@ -159,8 +162,8 @@ def test_parts_merge_to_the_whole(rows: int, cuts: list[int], seed: int, through
     whole = log.metrics(batch_size=7).compute()
     edges = sorted({0, rows, *(cut for cut in cuts if cut < rows)})
     merged = BinaryMetrics(TASKS, segments=("placement",), request="request")
-    for start, stop in zip(edges[:-1], edges[1:], strict=True):
-        part = log.metrics(slice(start, stop))
+    for start, stop in pairwise(edges):
+        part = log.metrics(start, stop)
         before = part.compute()
         merged.merge(BinaryMetrics.from_state(part.state()) if through_state else part)
         np.testing.assert_equal(part.compute(), before)
@@ -194,7 +197,7 @@ def test_the_state_is_arrays_and_json_that_load_without_pickle() -> None:
 
 
 def test_metrics_of_other_columns_are_not_merged() -> None:
-    with pytest.raises(DataError, match="metrics to merge.*click"):
+    with pytest.raises(DataError, match=r"metrics to merge.*click"):
         BinaryMetrics(("click",)).merge(BinaryMetrics(("like",)))
 
 

@@ -1,0 +1,104 @@
+"""The small dense modules, against values computed by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from mlenv.errors import ConfigError
+from mlenv.modules import CrossNet, CrossNetConfig, MLPConfig, NumericNormalization, TaskHeads, weighted_binary_cross_entropy
+from mlenv.modules.embeddings import EmbeddedSequence
+from mlenv.modules.representation import mean_of_events
+from mlenv.schema import Binary, DenseVector, Label, Numeric, Schema
+
+
+def test_cross_net_multiplies_the_input_with_itself():
+    net = CrossNet(CrossNetConfig(num_layers=2), 2)
+    with torch.no_grad():
+        for layer in net.layers:
+            layer.weight.copy_(torch.tensor([[1.0, 1.0], [0.0, 2.0]]))
+            layer.bias.copy_(torch.tensor([0.5, 0.0]))
+    x0 = (2.0, 3.0)
+    x1 = (x0[0] * (2 + 3 + 0.5) + x0[0], x0[1] * (2 * 3) + x0[1])
+    x2 = (x0[0] * (x1[0] + x1[1] + 0.5) + x1[0], x0[1] * (2 * x1[1]) + x1[1])
+    assert net(torch.tensor([x0])).tolist() == [list(x2)]
+
+
+def test_cross_net_gradients():
+    net = CrossNet(CrossNetConfig(num_layers=2), 3).double()
+    inputs = torch.randn(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    assert torch.autograd.gradcheck(net, inputs)
+
+
+def test_mlp_shapes_and_layers():
+    mlp = MLPConfig(hidden=(4, 2), dropout=0.5, normalization="layer").build(3)
+    assert [type(layer).__name__ for layer in mlp.layers] == ["Linear", "LayerNorm", "ReLU", "Dropout"] * 2
+    assert mlp(torch.randn(1, 3)).shape == (1, 2)
+    passes = MLPConfig(hidden=()).build(3)
+    assert passes.output_dim == 3
+    inputs = torch.randn(2, 3)
+    assert torch.equal(passes(inputs), inputs)
+
+
+def test_heads_give_one_column_per_task_in_order():
+    heads = TaskHeads(MLPConfig(hidden=()), 2, ("click", "buy"))
+    with torch.no_grad():
+        for bias, (_, head) in enumerate(heads.heads.items()):
+            head[1].weight.fill_(1.0)
+            head[1].bias.fill_(float(bias))
+    assert heads(torch.tensor([[1.0, 2.0]])).tolist() == [[3.0, 4.0]]
+    assert heads(torch.ones(1, 2).bfloat16().float()).dtype == torch.float32
+
+
+def test_the_loss_is_a_weighted_mean_per_task():
+    logits = torch.tensor([[0.0, 1.0], [2.0, -1.0]])
+    labels = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    weights = torch.tensor([[1.0, 0.0], [3.0, 0.0]])
+    first = (math.log(2) + 3 * math.log(1 + math.exp(2))) / 4
+    losses = weighted_binary_cross_entropy(logits, labels, weights)
+    assert losses[0].item() == pytest.approx(first, rel=1e-6)
+    assert losses[1].item() == 0  # no example counts
+
+
+def test_normalization_is_fitted_and_travels_in_the_state():
+    schema = Schema(
+        features={"plain": Numeric(), "heavy": Numeric(log1p=True), "flag": Binary(), "same": Numeric(), "vector": DenseVector(dim=1)},
+        labels={"click": Label()},
+    )
+    dense = torch.tensor([[1.0, 0.0, 1.0, 7.0, 5.0], [3.0, math.e - 1, 0.0, 7.0, 6.0], [5.0, -(math.e**2 - 1), 1.0, 7.0, 7.0]])
+    normalization = NumericNormalization(schema)
+    normalization.fit([dense[:1], dense[1:]])
+    std = math.sqrt(8 / 3)
+    heavy = torch.tensor([0.0, 1.0, -2.0])
+    result = normalization(dense)
+    torch.testing.assert_close(result[:, 0], torch.tensor([-2 / std, 0.0, 2 / std]))
+    torch.testing.assert_close(result[:, 1], (heavy - heavy.mean()) / heavy.std(correction=0))
+    assert torch.equal(result[:, [2, 4]], dense[:, [2, 4]])
+    assert result[:, 3].tolist() == [0, 0, 0]
+    assert normalization(torch.tensor([[1e9, 1e9, 1.0, 1e9, 1e9]]))[0].tolist() == [10, pytest.approx(10), 1, 10, 1e9]
+    again = NumericNormalization(schema)
+    again.load_state_dict(normalization.state_dict())
+    assert torch.equal(again(dense), result)
+
+
+def test_mean_of_events():
+    values = torch.tensor([[1.0, 2.0], [3.0, 4.0], [9.0, 9.0]])
+    sequence = EmbeddedSequence(values, torch.tensor([2, 0, 1], dtype=torch.int32))
+    assert mean_of_events(sequence).tolist() == [[2, 3], [0, 0], [9, 9]]
+    nothing = EmbeddedSequence(torch.zeros(0, 2), torch.zeros(3, dtype=torch.int32))
+    assert mean_of_events(nothing).tolist() == [[0, 0]] * 3
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: CrossNetConfig(num_layers=0),
+        lambda: MLPConfig(hidden=(8, 0)),
+        lambda: MLPConfig(dropout=1.0),
+    ],
+)
+def test_options_that_cannot_work_are_refused(build):
+    with pytest.raises(ConfigError):
+        build()
