@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 
 from mlenv.errors import DataError
@@ -28,7 +29,7 @@ def best_reachable(folder: Path, days: Collection[date] | None = None) -> dict[s
     """Judges the true probabilities of a simulated log, by task: on the given days or on all; conversion on clicked rows only.
 
     Raises:
-        DataError: a day is not in the log.
+        DataError: a day is not in the log, or the log does not say what is true.
     """
     known = {date.fromisoformat(path.name.removeprefix("date=")): path for path in sorted(folder.glob("date=*"))}
     missing = sorted(day.isoformat() for day in days or () if day not in known)
@@ -41,7 +42,17 @@ def best_reachable(folder: Path, days: Collection[date] | None = None) -> dict[s
             fix="mlenv data simulate writes one",
         )
     columns = ["click", "conversion", "true_click_probability", "true_conversion_probability"]
-    rows = pl.concat([pl.read_parquet(path / "*.parquet", columns=columns) for day, path in known.items() if days is None or day in days])
+    try:
+        rows = pl.concat(
+            [pl.read_parquet(path / "*.parquet", columns=columns) for day, path in known.items() if days is None or day in days]
+        )
+    except pl.exceptions.ColumnNotFoundError as error:
+        raise DataError(
+            str(folder),
+            expected="a simulated log, which has true probabilities",
+            received=f"no column {error}",
+            fix="mlenv data simulate writes one",
+        ) from error
     clicked = rows.filter(pl.col("click") == 1)
     return {
         "click": _judge(rows["click"], rows["true_click_probability"]),
@@ -50,15 +61,16 @@ def best_reachable(folder: Path, days: Collection[date] | None = None) -> dict[s
 
 
 def _judge(labels: pl.Series, probabilities: pl.Series) -> Truth:
-    positives, total = int(labels.sum()), len(labels)
+    is_positive = labels.to_numpy() == 1
+    positives, total = int(is_positive.sum()), len(is_positive)
+    rate = positives / total if total else math.nan
     if positives in (0, total):
-        return Truth(auc=float("nan"), normalized_entropy=float("nan"), positive_rate=positives / total if total else float("nan"))
-    rate = positives / total
-    is_positive, probabilities = labels == 1, probabilities.cast(pl.Float64)
-    rank_sum = float(probabilities.rank("average").filter(is_positive).sum())
-    log_loss = -(probabilities.filter(is_positive).log().sum() + (1 - probabilities.filter(~is_positive)).log().sum()) / total
+        return Truth(auc=math.nan, normalized_entropy=math.nan, positive_rate=rate)
+    ranks = probabilities.rank("average").to_numpy()
+    likelihoods = np.where(is_positive, probabilities, 1 - probabilities).astype(np.float64)
+    base_entropy = -(rate * math.log(rate) + (1 - rate) * math.log(1 - rate))
     return Truth(
-        auc=(rank_sum - positives * (positives + 1) / 2) / (positives * (total - positives)),
-        normalized_entropy=log_loss / -(rate * math.log(rate) + (1 - rate) * math.log(1 - rate)),
+        auc=float(ranks[is_positive].sum() - positives * (positives + 1) / 2) / (positives * (total - positives)),
+        normalized_entropy=float(-np.log(likelihoods).mean()) / base_entropy,
         positive_rate=rate,
     )

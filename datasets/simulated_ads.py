@@ -35,7 +35,7 @@ from mlenv.datasets.simulated_world import (
     PastClicks,
     draw_world,
 )
-from mlenv.errors import ConfigError
+from mlenv.errors import ConfigError, check_above, check_at_least
 
 ACTIONS = ("click", "conversion")
 HOUR_MS = 3_600_000
@@ -66,7 +66,7 @@ class SimulationConfig:
     null_rate: float = 0.03
     """Share of the rows in which a column that may be null is null."""
     drift: float = 0.0
-    """Random walks of the base rate and of every item's quality: deviation per day, in logits. 0 is stationary."""
+    """Random walks of the base rate and of every item's quality, for both tasks: deviation per day, in logits. 0 is stationary."""
     conversion_delay_hours: float = 6.0
     """Mean of the exponential time between click and conversion."""
     seed: int = 0
@@ -83,16 +83,13 @@ class SimulationConfig:
             "seed": 0,
         }
         for name, minimum in minima.items():
-            if getattr(self, name) < minimum:
-                raise ConfigError(name, expected=f"an integer >= {minimum}", received=getattr(self, name))
+            check_at_least(name, getattr(self, name), minimum)
         if not 1 <= self.num_placements <= len(PLACEMENTS):
             raise ConfigError("num_placements", expected=f"an integer in [1, {len(PLACEMENTS)}]", received=self.num_placements)
         if not 0 <= self.null_rate < 1:
             raise ConfigError("null_rate", expected="a number in [0, 1)", received=self.null_rate)
-        if not 0 <= self.drift < float("inf"):
-            raise ConfigError("drift", expected="a number >= 0", received=self.drift)
-        if not 0 < self.conversion_delay_hours < float("inf"):
-            raise ConfigError("conversion_delay_hours", expected="a number > 0", received=self.conversion_delay_hours)
+        check_at_least("drift", self.drift, 0)
+        check_above("conversion_delay_hours", self.conversion_delay_hours, 0)
         try:
             date.fromisoformat(self.start_date)
         except ValueError as error:
@@ -212,7 +209,8 @@ class AdsLog:
         delay_ms = HOUR_MS * self.config.conversion_delay_hours * rng.exponential(size=num_rows)
         arrival_ms = rows.time_ms + 1 + delay_ms.astype(np.int64)
 
-        pasts, outcomes = [], []
+        pasts: list[PastClicks] = []
+        outcomes: list[Outcomes] = []
         for start, stop in pairwise(np.searchsorted(rows.hour, np.arange(25))):
             if start == stop:
                 continue
@@ -244,7 +242,7 @@ class AdsLog:
                 "placement": _named(PLACEMENTS, rows.placement),
                 "device": _named(DEVICES, rows.device),
                 "user_id": user,
-                "user_age": _named(AGES, rows.age),
+                "user_age_bucket": _named(AGES, rows.age),
                 "user_country": _named(COUNTRIES, rows.country),
                 "interests": _topics(world.user_interests).take(_nullable(rows.user, rows.interests_is_null)),
                 "item_id": item,
@@ -267,19 +265,25 @@ class AdsLog:
 
 def _share_of_hours() -> Floats:
     """Quiet nights, busy evenings."""
-    share = 1.2 + np.cos((np.arange(24) - 20) * (2 * np.pi / 24))
-    return share / share.sum()
+    share: Floats = 1.2 + np.cos((np.arange(24) - 20) * (2 * np.pi / 24))
+    share /= share.sum()
+    return share
 
 
 def _items(rng: np.random.Generator, request: Ints, share: Floats) -> Ints:
     """Items by their share, none twice in a request."""
     items = rng.choice(len(share), len(request), p=share)
-    again = np.arange(len(request))
-    while len(again):
+    while len(again := np.flatnonzero(_is_repeated(request, items))):
         items[again] = rng.choice(len(share), len(again), p=share)
-        first = np.unique(request * len(share) + items, return_index=True)[1]
-        again = np.setdiff1d(np.arange(len(request)), first)
     return items
+
+
+def _is_repeated(request: Ints, items: Ints) -> Bools:
+    """Whether an earlier row of the same request has the same item."""
+    is_repeated = np.zeros(len(items), np.bool_)
+    for back in range(1, MAX_ITEMS_PER_REQUEST):
+        is_repeated[back:] |= (request[back:] == request[:-back]) & (items[back:] == items[:-back])
+    return is_repeated
 
 
 def _midnight_ms(day: date) -> int:

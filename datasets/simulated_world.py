@@ -244,8 +244,9 @@ class Effects:
         taste = np.einsum("rh,rhd->rd", share, world.item_taste[past.items])
         repeat = (share * (world.item_topic[past.items] == world.item_topic[item][:, None])).sum(axis=1)
         loyalty = (share * past.has_converted).sum(axis=1)
-        strengths = self.strengths
-        return strengths.history * _fit(taste, world.item_taste[item]) + strengths.repeat * repeat + strengths.loyalty * loyalty
+        logits = self.strengths.history * _fit(taste, world.item_taste[item])
+        logits += self.strengths.repeat * repeat + self.strengths.loyalty * loyalty
+        return logits
 
 
 def _topic_weights(rng: np.random.Generator, item_topic: Ints) -> Floats:
@@ -259,17 +260,20 @@ def _topic_weights(rng: np.random.Generator, item_topic: Ints) -> Floats:
 
 
 def _fit(left: Floats, right: Floats) -> Floats:
-    return np.einsum("rd,rd->r", left, right) / TASTE_DIM**0.5
+    """``(rows,)``: about standard deviation 1 for standardized tastes."""
+    fit: Floats = (left * right).sum(axis=1) / TASTE_DIM**0.5
+    return fit
 
 
 def _standardize(values: Floats) -> Floats:
     """Mean 0 and deviation 1 along the first axis; zeros where nothing varies."""
-    centred = values - values.mean(axis=0)
-    return centred / np.maximum(values.std(axis=0), 1e-12)
+    standardized: Floats = (values - values.mean(axis=0)) / np.maximum(values.std(axis=0), 1e-12)
+    return standardized
 
 
 def _share(values: Floats) -> Floats:
-    return values / values.sum()
+    share: Floats = values / values.sum()
+    return share
 
 
 def _with_null_row(table: Floats) -> Floats:

@@ -48,7 +48,7 @@ class ReliabilityCurve:
     weights: tuple[float, ...] = ()
     """Sum of the weights in each bin."""
     histogram_edges: tuple[float, ...] = ()
-    """Edges of cells of equal width between 0 and the prediction that 99.9 % of the weight lies below."""
+    """Edges of cells of equal width between 0 and the prediction that 99 % of the weight lies below."""
     histogram: tuple[float, ...] = ()
     """Sum of the weights in each cell; the last one also holds what lies above."""
 
@@ -122,12 +122,13 @@ class BinaryMetrics:
         log_positive, log_negative = np.log(clipped), np.log1p(-clipped)
         bins = np.floor((log_positive - log_negative) * _BINS_PER_LOGIT).astype(np.int64) + _BINS // 2
         loss = -(label * log_positive + (1 - label) * log_negative)
-        sums_batch_tasks = np.stack([weight * label, weight * (1 - label), weight * prediction, weight * loss, counted], axis=-1)
+        sums = np.stack([weight * label, weight * (1 - label), weight * prediction, weight * loss, counted], axis=-1)[counted]
 
         slices_batch = self._slice_columns(metadata, len(weight))
+        cells_of_slice = (np.arange(len(self.tasks)) * _BINS + bins.clip(0, _BINS - 1))[counted]
+        rows_counted = np.nonzero(counted)[0]
         for slice_of_row in slices_batch:
-            cells = (slice_of_row[:, None] * len(self.tasks) + np.arange(len(self.tasks))) * _BINS + bins.clip(0, _BINS - 1)
-            self._add(cells[counted], sums_batch_tasks[counted])
+            self._add(slice_of_row[rows_counted] * self._slice_cells + cells_of_slice, sums)
         if self.request:
             groups = self._column(metadata, self.request)
             has_group = groups.is_valid().to_numpy(zero_copy_only=False)
@@ -209,7 +210,7 @@ class BinaryMetrics:
         fine_weight = sums[:, _POSITIVES] + sums[:, _NEGATIVES]
         fine_prediction = sums[:, _PREDICTIONS] / fine_weight
         cumulative = np.cumsum(fine_weight)
-        highest = fine_prediction[np.searchsorted(cumulative, 0.999 * cumulative[-1])]
+        highest = fine_prediction[np.searchsorted(cumulative, 0.99 * cumulative[-1])]
         edges = np.linspace(0, highest or 1.0, HISTOGRAM_BINS + 1)
         histogram = np.histogram(np.minimum(fine_prediction, highest), edges, weights=fine_weight)[0]
         return ReliabilityCurve(*(tuple(values.tolist()) for values in (prediction, label, weight, edges, histogram)))

@@ -88,9 +88,13 @@ class Experiment:
     def step(self) -> EagerStep:
         """One step of training."""
         weights = [self.config.objective.task_weights.get(task, 1.0) for task in self.schema.tasks]
-        optimizers = [optimizer for optimizer in (self._adam, self._table_optimizer) if optimizer is not None]
         clip = dense_parameters(self.model), self.config.optimizer.gradient_clip_norm
-        return EagerStep(self.fabric, self.model, optimizers, torch.tensor(weights), clip)
+        return EagerStep(self.fabric, self.model, self.optimizers, torch.tensor(weights), clip)
+
+    @property
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """What updates the model after a backward pass; TorchRec's tables update themselves during it."""
+        return [self._adam] if self._table_optimizer is None else [self._adam, self._table_optimizer]
 
     @cached_property
     def run(self) -> TrainingRun:

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+
+from mlenv.errors import CheckpointError
+from mlenv.loops.checkpoint import MANIFEST, list_checkpoints, load_tensors, newest_checkpoint, save_checkpoint, verify
+
+
+def tensors(value):
+    return {
+        "weight": torch.full((3, 2), float(value)),
+        "step": torch.tensor(float(value)),
+        "none": torch.zeros(0),
+        "random": torch.arange(10, dtype=torch.uint8) + value,
+        "half": torch.full((2,), value, dtype=torch.bfloat16),
+        "counts": torch.tensor([value, 2**40]),
+    }
+
+
+@pytest.fixture
+def folder(tmp_path):
+    folder = tmp_path / "with a space"
+    for step in (1, 2, 3):
+        save_checkpoint(folder, step, tensors(step), {"progress.json": str(step)}, keep=2)
+    return folder
+
+
+def test_what_is_loaded_is_what_was_saved(folder):
+    loaded = tensors(0)
+    load_tensors(folder / "step-00000003", loaded)
+    for name, tensor in tensors(3).items():
+        assert torch.equal(loaded[name], tensor), name
+        assert loaded[name].dtype == tensor.dtype
+    assert (folder / "step-00000003" / "progress.json").read_text() == "3"
+
+
+def test_only_the_newest_stay(folder):
+    assert [path.name for path in list_checkpoints(folder)] == ["step-00000002", "step-00000003"]
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000002", "step-00000003"]
+
+
+def test_a_killed_save_leaves_no_checkpoint(folder):
+    shutil.copytree(folder / "step-00000003", folder / ".step-00000004.part")
+    assert newest_checkpoint(folder).name == "step-00000003"
+    save_checkpoint(folder, 4, tensors(4), {}, keep=2)
+    assert newest_checkpoint(folder).name == "step-00000004"
+    assert not (folder / ".step-00000004.part").exists()
+
+
+def damage(folder, how):
+    file = next(folder.glob("*.safetensors"))
+    content = bytearray(file.read_bytes())
+    if how == "flipped":
+        content[-3] ^= 1
+        file.write_bytes(content)
+    elif how == "cut":
+        file.write_bytes(content[:-1])
+    elif how == "missing":
+        file.unlink()
+    elif how == "manifest":
+        (folder / MANIFEST).unlink()
+    elif how == "document":
+        (folder / "progress.json").write_text("9")
+
+
+@pytest.mark.parametrize("how", ["flipped", "cut", "missing", "manifest", "document"])
+def test_a_damaged_checkpoint_is_named_and_passed_over(folder, how, caplog):
+    damage(folder / "step-00000003", how)
+    with pytest.raises(CheckpointError, match="step-00000003"):
+        verify(folder / "step-00000003")
+    assert newest_checkpoint(folder).name == "step-00000002"
+    assert "step-00000003" in caplog.text
+    damage(folder / "step-00000002", how)
+    with pytest.raises(CheckpointError, match="step-00000002"):
+        newest_checkpoint(folder)
+
+
+def test_other_tensors_are_refused_by_name(folder):
+    with pytest.raises(CheckpointError, match=r"tensor 'weight': expected shape \(4, 2\)\. Received: 'shape \(3, 2\)'"):
+        load_tensors(folder / "step-00000003", {"weight": torch.zeros(4, 2)})
+    with pytest.raises(CheckpointError, match="tensor 'other'"):
+        load_tensors(folder / "step-00000003", {"other": torch.zeros(1)})
+
+
+def test_no_checkpoint_is_none(tmp_path):
+    assert newest_checkpoint(tmp_path / "nothing") is None
