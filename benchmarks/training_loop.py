@@ -15,7 +15,7 @@ from mlenv.loops.fit import Progress, fit
 from mlenv.loops.train_step import StepOutput
 from mlenv.modules import CrossNetConfig, MLPConfig, RankerConfig, weighted_binary_cross_entropy
 
-NUM_ROWS, NUM_EMBEDDINGS, REPETITIONS = 60 * 4096, 10_000, 7
+NUM_ROWS, NUM_EMBEDDINGS, REPETITIONS = 16 * 4096, 10_000, 5
 TARGET = 0.9
 MODELS = {
     "deep network 64-32": RankerConfig(crossing=None, deep=MLPConfig(hidden=(64, 32)), heads=MLPConfig(hidden=())),

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from mlenv.batch import Batch, Position, SparseFeatures
 from mlenv.datasets.hashing import hash_ids
 from mlenv.errors import DataError, MlenvError, nearest
-from mlenv.schema import Binary, DenseColumn, DenseVector, Numeric, Schema, SparseKey, Table
+from mlenv.schema import Binary, DenseColumn, DenseVector, Feature, Numeric, Schema, SparseKey, Table
 
 Integers = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -71,8 +71,8 @@ class EncodedRows:
     schema: Schema
     sparse: tuple[Jagged, ...]
     """In the order of ``schema.sparse_keys``."""
-    dense: Floats
-    """``(rows, schema.num_dense)``."""
+    dense: tuple[Floats, ...]
+    """In the order of ``schema.dense_columns``: ``(rows,)``, or ``(rows, width)`` of a vector. Arrow's own memory where possible."""
     labels: Floats
     """``(rows, tasks)``."""
     weights: Floats
@@ -87,7 +87,7 @@ class EncodedRows:
         return replace(
             self,
             sparse=tuple(jagged.rows(start, stop) for jagged in self.sparse),
-            dense=self.dense[start:stop],
+            dense=tuple(column[start:stop] for column in self.dense),
             labels=self.labels[start:stop],
             weights=self.weights[start:stop],
             metadata=None if self.metadata is None else self.metadata.slice(start, stop - start),
@@ -98,7 +98,7 @@ class EncodedRows:
         return replace(
             self,
             sparse=tuple(jagged.take(order) for jagged in self.sparse),
-            dense=self.dense[order],
+            dense=tuple(column[order] for column in self.dense),
             labels=self.labels[order],
             weights=self.weights[order],
             metadata=None if self.metadata is None else self.metadata.take(pa.array(order)),
@@ -113,7 +113,7 @@ def to_batch(parts: Sequence[EncodedRows], position: Position) -> Batch:
         metadata = pa.Table.from_batches([part.metadata for part in parts]).combine_chunks().to_batches()[0]
     return Batch(
         sparse=_sparse_features(parts),
-        dense=torch.from_numpy(_joined([part.dense for part in parts])),
+        dense=torch.from_numpy(_dense_matrix(parts)),
         labels=torch.from_numpy(_joined([part.labels for part in parts])),
         weights=torch.from_numpy(_joined([part.weights for part in parts])),
         position=position,
@@ -131,7 +131,8 @@ def encode(rows: pa.RecordBatch, schema: Schema, *, with_metadata: bool = False)
     sparse = tuple(_encode_key(rows.column(key.column), key, schema.tables[key.table]) for key in schema.sparse_keys)
     labels, weights = _encode_labels(rows, schema)
     metadata = rows.select(list(schema.metadata_columns)) if with_metadata else None
-    return EncodedRows(schema, sparse, _encode_dense(rows, schema), labels, weights, metadata)
+    dense = tuple(_encode_dense(rows, column, schema.features[column.name]) for column in schema.dense_columns)
+    return EncodedRows(schema, sparse, dense, labels, weights, metadata)
 
 
 def check_columns(columns: pa.Schema, schema: Schema, place: str, *, with_metadata: bool = False) -> Iterator[MlenvError]:
@@ -317,17 +318,14 @@ def _ranges(starts: Integers, lengths: Integers) -> tuple[Integers, Integers]:
 # Dense features, labels
 
 
-def _encode_dense(rows: pa.RecordBatch, schema: Schema) -> Floats:
-    dense = np.empty((rows.num_rows, schema.num_dense), np.float32)
-    for column in schema.dense_columns:
-        feature, values = schema.features[column.name], rows.column(column.column)
-        if isinstance(feature, DenseVector):
-            dense[:, column.start : column.start + column.width] = _vectors(values, column)
-        elif isinstance(feature, Binary):
-            dense[:, column.start] = _flags(values, column.column, default=feature.default)
-        elif isinstance(feature, Numeric):
-            dense[:, column.start] = _floats(values, default=feature.default)
-    return dense
+def _encode_dense(rows: pa.RecordBatch, column: DenseColumn, feature: Feature) -> Floats:
+    values = rows.column(column.column)
+    if isinstance(feature, DenseVector):
+        return _vectors(values, column)
+    if isinstance(feature, Binary):
+        return _flags(values, column.column, default=feature.default)
+    assert isinstance(feature, Numeric)
+    return _floats(values, default=feature.default)
 
 
 def _vectors(values: pa.Array, column: DenseColumn) -> Floats:
@@ -376,8 +374,9 @@ def _flags(values: pa.Array, column: str, *, default: bool) -> Floats:
 def _floats(values: pa.Array, *, default: float) -> Floats:
     """A number column as float32; null and NaN become the default."""
     floats: Floats = values.cast(pa.float32(), safe=False).to_numpy(zero_copy_only=False)
-    missing = np.isnan(floats)
-    return np.where(missing, np.float32(default), floats) if missing.any() else floats
+    if not np.isnan(np.min(floats, initial=0)):  # one pass without a mask; NaN wins every comparison of numpy's
+        return floats
+    return np.where(np.isnan(floats), np.float32(default), floats)
 
 
 def _plain_type(ids: pa.Array) -> pa.DataType:
@@ -406,6 +405,18 @@ def _sparse_features(parts: Sequence[EncodedRows]) -> SparseFeatures:
         ones = (piece.weights if piece.weights is not None else np.ones(len(piece.values), np.float32) for key in pieces for piece in key)
         weights = torch.from_numpy(_joined(list(ones)))
     return SparseFeatures(tuple(key.name for key in keys), torch.from_numpy(values), lengths, counts, weights)
+
+
+def _dense_matrix(parts: Sequence[EncodedRows]) -> Floats:
+    """``(batch, num_dense)``, written once, column by column, while the columns of a batch are still in the cache."""
+    schema = parts[0].schema
+    dense = np.empty((sum(len(part) for part in parts), schema.num_dense), np.float32)
+    first = 0
+    for part in parts:
+        for column, values in zip(schema.dense_columns, part.dense, strict=True):
+            dense[first : first + len(part), column.start : column.start + column.width] = values.reshape(len(part), column.width)
+        first += len(part)
+    return dense
 
 
 @lru_cache(maxsize=8)

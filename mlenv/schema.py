@@ -12,6 +12,7 @@ import json
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 from mlenv.errors import ConfigError, MlenvError, Problems, check_at_least, nearest
@@ -263,7 +264,7 @@ class Schema:
         """Names of the labels, in the order of the columns of logits, labels and weights."""
         return tuple(self.labels)
 
-    @property
+    @cached_property
     def sparse_keys(self) -> tuple[SparseKey, ...]:
         """Keys of ``SparseFeatures``, ordered by lookup, so that the keys of each lookup are contiguous in memory."""
         groups: dict[str, set[SparseGroup]] = {}
@@ -273,7 +274,7 @@ class Schema:
         keys = (dataclasses.replace(key, lookup=_lookup(groups[key.table])) for key in self._sparse_keys())
         return tuple(sorted(keys, key=lambda key: order.index(key.lookup)))
 
-    @property
+    @cached_property
     def dense_columns(self) -> tuple[DenseColumn, ...]:
         """Columns of ``Batch.dense``, in schema order."""
         columns: list[DenseColumn] = []
