@@ -1,0 +1,1 @@
+"""Where rows come from: Parquet, simulated logs, converters of public sets; and how rows become batches."""

@@ -11,6 +11,7 @@ from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 from mlenv.batch import Batch, Position
+from mlenv.loops.learning_rate import LinearDecay
 from mlenv.modules.losses import weighted_binary_cross_entropy
 
 
@@ -39,9 +40,11 @@ class EagerStep:
     """The plain step: one batch at a time, nothing overlapped.
 
     Args:
-        optimizers: each is stepped after every backward pass; tables with a fused optimizer need none.
+        optimizers: each is stepped after every backward pass.
+        fused: the optimizer that TorchRec's tables run inside the backward pass; its step only hands its rates to them.
         task_weights: ``(tasks,)`` weight of each task's loss in the sum.
         clip: parameters whose joint gradient norm is limited, and the limit; no limit at 0.
+        decay: lowers the learning rates of all optimizers; None keeps them.
     """
 
     def __init__(
@@ -49,10 +52,13 @@ class EagerStep:
         fabric: Fabric,
         model: nn.Module,
         optimizers: list[torch.optim.Optimizer],
+        fused: torch.optim.Optimizer | None,
         task_weights: Tensor,
         clip: tuple[list[nn.Parameter], float],
+        decay: LinearDecay | None,
     ) -> None:
-        self._fabric, self._model, self._optimizers, self._clip = fabric, model, optimizers, clip
+        self._fabric, self._model, self._optimizers, self._fused = fabric, model, optimizers, fused
+        self._clip, self._decay = clip, decay
         self._task_weights = task_weights.to(fabric.device)
 
     def advance(self, batches: Iterator[Batch]) -> StepOutput | None:
@@ -62,6 +68,10 @@ class EagerStep:
             return None
         batch = batch.to(self._fabric.device, non_blocking=True)
         self._model.train()
+        if self._decay is not None:
+            self._decay.advance()
+            if self._fused is not None:
+                self._fused.step()
         with self._fabric.autocast():
             logits = self._model(batch)
         losses = weighted_binary_cross_entropy(logits, batch.labels, batch.weights)

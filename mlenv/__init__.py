@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mlenv.batch import Batch
-    from mlenv.compose import compose
+    from mlenv.composition import compose
     from mlenv.experiment import Experiment
     from mlenv.loops.evaluate import evaluate, predict
     from mlenv.loops.fit import fit
@@ -25,7 +25,7 @@ _HOME = {
     "Batch": "mlenv.batch",
     "Experiment": "mlenv.experiment",
     "Schema": "mlenv.schema",
-    "compose": "mlenv.compose",
+    "compose": "mlenv.composition",
     "evaluate": "mlenv.loops.evaluate",
     "fit": "mlenv.loops.fit",
     "predict": "mlenv.loops.evaluate",

@@ -130,7 +130,7 @@ def _predict(options: argparse.Namespace) -> int:
 def _simulate(options: argparse.Namespace) -> int:
     from omegaconf import OmegaConf
 
-    from mlenv.compose import from_plain, to_yaml
+    from mlenv.composition import from_plain, to_yaml
     from mlenv.datasets.simulated_ads import SimulationConfig, simulate
 
     config = from_plain(OmegaConf.to_container(OmegaConf.from_dotlist(options.overrides)), SimulationConfig, "simulation")  # type: ignore[arg-type]
@@ -168,13 +168,13 @@ def _ui(options: argparse.Namespace) -> int:
 
 
 def _compose(options: argparse.Namespace) -> ExperimentConfig:
-    from mlenv.compose import compose
+    from mlenv.composition import compose
 
     return compose(options.config, options.overrides)
 
 
 def _show(config: ExperimentConfig) -> int:
-    from mlenv.compose import to_yaml
+    from mlenv.composition import to_yaml
 
     print(to_yaml(config), end="")
     return DONE

@@ -142,6 +142,8 @@ class LoopConfig:
 
     max_steps: int = 0
     """Optimizer steps; 0 trains to the end of ``data.num_epochs``."""
+    learning_rate_decay: Literal["none", "linear"] = "none"
+    """linear lowers all learning rates, the tables' too, to zero at the end; a single pass ends better calibrated so."""
     log_every_steps: int = 50
     """Steps between two records of the loss."""
     evaluate_every_steps: int = 0

@@ -15,12 +15,13 @@ from lightning.fabric import Fabric
 from omegaconf import OmegaConf
 from torch import nn
 
-from mlenv.compose import from_plain, to_plain, to_yaml
+from mlenv.composition import from_plain, to_plain, to_yaml
 from mlenv.config import ExperimentConfig
 from mlenv.datasets.parquet_source import ParquetSource
 from mlenv.errors import CheckpointError, ConfigError, MlenvError
 from mlenv.loops.checkpoint import list_checkpoints, load_tensors, verify
 from mlenv.loops.evaluate import evaluate
+from mlenv.loops.learning_rate import LinearDecay
 from mlenv.loops.optimizers import RowWiseAdagrad, build_adam, dense_parameters, plain_tables
 from mlenv.loops.sharding import shard
 from mlenv.loops.train_step import EagerStep
@@ -89,7 +90,17 @@ class Experiment:
         """One step of training."""
         weights = [self.config.objective.task_weights.get(task, 1.0) for task in self.schema.tasks]
         clip = dense_parameters(self.model), self.config.optimizer.gradient_clip_norm
-        return EagerStep(self.fabric, self.model, self.optimizers, torch.tensor(weights), clip)
+        fused = getattr(self.model, "fused_optimizer", None)
+        decay = None
+        if self.config.loop.learning_rate_decay == "linear":
+            decay = LinearDecay([*self.optimizers, *([fused] if fused is not None else [])], self.total_steps)
+        return EagerStep(self.fabric, self.model, self.optimizers, fused, torch.tensor(weights), clip, decay)
+
+    @cached_property
+    def total_steps(self) -> int:
+        """Steps of the whole training."""
+        available, wanted = self.source("train").num_batches, self.config.loop.max_steps
+        return min(available, wanted) if wanted else available
 
     @property
     def optimizers(self) -> list[torch.optim.Optimizer]:
@@ -101,12 +112,11 @@ class Experiment:
         """The run in the output folder, which is made and locked, and tracked in MLflow."""
         self._occupy()
         source, loop = self.source("train"), self.config.loop
-        total_steps = min(source.num_batches, loop.max_steps) if loop.max_steps else source.num_batches
         options = RunOptions(
             tasks=self.schema.tasks,
             log_every_steps=loop.log_every_steps,
             keep_checkpoints=loop.keep_checkpoints,
-            total_steps=total_steps,
+            total_steps=self.total_steps,
             config=to_yaml(self.config),
             data_fingerprint=source.fingerprint,
         )

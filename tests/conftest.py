@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from pathlib import Path
 
+import pytest
 from hypothesis import settings
 
 # Before torch, Arrow and Polars are imported: the test processes share the cores, and threads that wait for each other
@@ -14,3 +17,29 @@ os.environ.pop("MLFLOW_TRACKING_URI", None)
 
 settings.register_profile("mlenv", derandomize=True, deadline=None, database=None)
 settings.load_profile("mlenv")
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def ads(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small simulated ads log of three days; nobody writes to it."""
+    from mlenv.datasets.simulated_ads import SimulationConfig, simulate
+
+    folder = tmp_path_factory.mktemp("data of a test") / "ads"
+    simulate(SimulationConfig(num_days=3, rows_per_day=2000, num_users=200, num_items=100), folder)
+    return folder
+
+
+@pytest.fixture
+def demo_arguments(ads: Path, tmp_path: Path) -> Callable[..., list[str]]:
+    """Command-line arguments after the verb: the demo's config on the small log, into a folder of the test."""
+
+    def arguments(*overrides: str, output: str = "run of a test") -> list[str]:
+        small = ["batch_size=128", "num_epochs=4", "train.end=2026-01-02", "test.start=2026-01-03", f"path={ads}"]
+        loop = ["log_every_steps=5", "checkpoint_every_steps=10"]
+        settings = [*(f"data.{setting}" for setting in small), *(f"loop.{setting}" for setting in loop), "tracking.enabled=false"]
+        defaults = ["embeddings.engine=torch", "model.deep.dropout=0.1", f"output={tmp_path / output}"]
+        return [str(ROOT / "examples/demo/ranker.yaml"), *settings, *defaults, *overrides]
+
+    return arguments

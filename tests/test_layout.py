@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("mlenv", "modules", "datasets", "loops", "images", "ci", "examples", "benchmarks", "docs", "requirements", "tests")
 
 LEVELS = {
-    **dict.fromkeys(("errors", "kinds", "schema", "config", "compose"), 0),
+    **dict.fromkeys(("errors", "kinds", "schema", "config", "composition"), 0),
     **dict.fromkeys(("batch", "transforms", "statistics"), 1),
     **dict.fromkeys(("modules", "datasets"), 2),
     "loops": 3,

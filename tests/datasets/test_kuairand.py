@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from mlenv.compose import from_plain
+from mlenv.composition import from_plain
 from mlenv.config import DataConfig, WindowConfig
 from mlenv.datasets.kuairand import convert_kuairand, convert_kuairand_log
 from mlenv.datasets.parquet_source import ParquetSource

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from mlenv.compose import from_plain
+from mlenv.composition import from_plain
 from mlenv.config import DataConfig, WindowConfig
 from mlenv.datasets import simulated_ads
 from mlenv.datasets.parquet_source import ParquetSource

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from mlenv.compose import compose, from_plain, to_plain, to_yaml
+from mlenv.composition import compose, from_plain, to_plain, to_yaml
 from mlenv.config import ExperimentConfig
 from mlenv.errors import ConfigError, Problems
 from mlenv.modules import CrossNetConfig, RankerConfig

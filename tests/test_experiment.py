@@ -1,0 +1,239 @@
+"""Training end to end: what is trained, what is kept, what continues, what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file
+from sklearn.metrics import log_loss, roc_auc_score
+
+from mlenv import Experiment, compose, evaluate, fit, predict, train
+from mlenv.errors import CheckpointError, ConfigError, MlenvError
+from mlenv.loops.checkpoint import list_checkpoints
+from mlenv.loops.journal import Journal
+from mlenv.loops.training_state import model_tensors
+
+ENGINES = ["torch", "torchrec"]
+
+
+def config(arguments):
+    return compose(arguments[0], arguments[1:])
+
+
+def comparable(metrics):
+    """Metrics without nan, which equals nothing, not even itself."""
+    return {key: None if value is not None and math.isnan(value) else value for key, value in metrics.items()}
+
+
+def final_state(output: Path):
+    checkpoint = list_checkpoints(output / "checkpoints")[-1]
+    tensors = {name: tensor for file in checkpoint.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    journal = [
+        {key: value for key, value in comparable(line).items() if key not in {"time", "train/examples_per_second"}}
+        for line in Journal(output / "metrics.jsonl").read()
+    ]
+    return checkpoint.name, tensors, journal, json.loads((output / "metrics.json").read_text())
+
+
+def assert_identical(one: Path, other: Path):
+    (name, tensors, journal, metrics), (other_name, other_tensors, other_journal, other_metrics) = final_state(one), final_state(other)
+    assert name == other_name
+    assert tensors.keys() == other_tensors.keys()
+    for key, tensor in tensors.items():
+        assert torch.equal(tensor, other_tensors[key]), key
+    assert journal == other_journal
+    assert metrics == other_metrics
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_second_training_is_identical_to_the_bit(demo_arguments, tmp_path, engine):
+    for output in ("one", "two"):
+        train(config(demo_arguments(f"embeddings.engine={engine}", output=output)))
+    assert_identical(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_killed_training_ends_as_if_it_had_never_been_killed(demo_arguments, tmp_path, engine):
+    settings = [f"embeddings.engine={engine}", "data.num_epochs=8"]
+    train(config(demo_arguments(*settings, output="undisturbed")))
+
+    command = [sys.executable, "-m", "mlenv", "train", *demo_arguments(*settings, output="killed")]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    journal = tmp_path / "killed" / "metrics.jsonl"
+    while not (journal.exists() and b'"step": 15,' in journal.read_bytes()):
+        assert process.poll() is None, process.stderr.read().decode()
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    process.stderr.close()
+    stopped_at = list_checkpoints(tmp_path / "killed" / "checkpoints")[-1].name
+
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    assert f"continues from {tmp_path / 'killed' / 'checkpoints'}" in finished.stderr
+    assert stopped_at in finished.stderr
+    assert_identical(tmp_path / "undisturbed", tmp_path / "killed")
+
+
+def test_both_engines_have_the_same_curve_and_read_each_others_checkpoints(demo_arguments, tmp_path):
+    curves = {}
+    for engine in ENGINES:
+        train(config(demo_arguments(f"embeddings.engine={engine}", output=engine)))
+        lines = Journal(tmp_path / engine / "metrics.jsonl").read()
+        curves[engine] = [line["train/click/loss"] for line in lines if "train/click/loss" in line]
+    assert len(curves["torch"]) > 20
+    np.testing.assert_allclose(curves["torch"], curves["torchrec"], rtol=1e-5)
+
+    with Experiment(config(demo_arguments("embeddings.engine=torchrec", output="torch"))) as experiment:
+        experiment.load()
+        metrics = evaluate(experiment.model, experiment.source("test")).metrics
+    expected = json.loads((tmp_path / "torch" / "metrics.json").read_text())
+    assert metrics["click/log_loss"] == pytest.approx(expected["click/log_loss"], rel=1e-6)
+
+
+def test_every_figure_follows_from_the_predictions_file(demo_arguments, tmp_path):
+    result = train(config(demo_arguments()))
+    output = tmp_path / "run of a test"
+    rows = pl.from_arrow(pq.read_table(output / "predictions"))
+    assert rows.height == rows["impression_id"].n_unique() == 2000
+    assert result.report.exists()
+    metrics = json.loads((output / "metrics.json").read_text())
+    for task in ("click", "conversion"):
+        slices = {"": rows} | {f"@placement={value}": part for (value,), part in rows.group_by("placement")}
+        for suffix, part in slices.items():
+            part = part.filter(pl.col(f"weight_{task}") > 0)
+            label, prediction = part[f"label_{task}"].to_numpy(), part[f"prediction_{task}"].to_numpy().astype(np.float64)
+            if not 0 < label.sum() < len(label):
+                continue
+            base = label.mean()
+            loss = log_loss(label, prediction)
+            entropy = -(base * np.log(base) + (1 - base) * np.log(1 - base))
+            assert metrics[f"{task}/examples{suffix}"] == len(label)
+            assert metrics[f"{task}/log_loss{suffix}"] == pytest.approx(loss, rel=1e-6)
+            assert metrics[f"{task}/normalized_entropy{suffix}"] == pytest.approx(loss / entropy, rel=1e-6)
+            assert metrics[f"{task}/calibration{suffix}"] == pytest.approx(prediction.sum() / label.sum(), rel=1e-6)
+            assert metrics[f"{task}/auc{suffix}"] == pytest.approx(roc_auc_score(label, prediction), abs=2e-3 if suffix else 1e-4)
+    truth = rows.filter(pl.col("weight_click") > 0)
+    best = roc_auc_score(truth["label_click"], truth["true_click_probability"])
+    assert result.evaluation.best["click/auc"] == pytest.approx(best, abs=1e-4)
+
+
+def test_the_same_from_python(demo_arguments, tmp_path):
+    settings = config(demo_arguments("loop.max_steps=12"))
+    with Experiment(settings) as experiment:
+        progress = fit(experiment.step, experiment.source("train"), experiment.run, settings.loop)
+        evaluation = evaluate(experiment.model, experiment.source("test"))
+        num_rows = predict(experiment.model, experiment.source("test"), tmp_path / "scored")
+    assert (progress.step, progress.examples) == (12, 12 * 128)
+    assert 0 < evaluation.metrics["click/auc"] < 1
+    assert num_rows == pq.read_table(tmp_path / "scored").num_rows == 2000
+    with Experiment(settings) as experiment:
+        assert experiment.load().name == "step-00000012"
+        assert comparable(evaluate(experiment.model, experiment.source("test")).metrics) == comparable(evaluation.metrics)
+
+
+def test_a_complete_training_is_left_as_it_is(demo_arguments, tmp_path):
+    first = train(config(demo_arguments("loop.max_steps=12")))
+    before = final_state(tmp_path / "run of a test")
+    again = train(config(demo_arguments("loop.max_steps=12")))
+    assert comparable(again.evaluation.metrics) == comparable(first.evaluation.metrics)
+    after = final_state(tmp_path / "run of a test")
+    assert (before[0], before[2], before[3]) == (after[0], after[2], after[3])
+    longer = train(config(demo_arguments("loop.max_steps=20")))
+    assert longer.steps == 20
+
+
+def test_validation_and_decay_are_logged(demo_arguments, tmp_path):
+    settings = ["data.train.end=2026-01-01", "data.validation.start=2026-01-02", "data.validation.end=2026-01-02"]
+    train(config(demo_arguments(*settings, "loop.evaluate_every_steps=20", "data.num_epochs=3")))
+    lines = Journal(tmp_path / "run of a test" / "metrics.jsonl").read()
+    assert [line["step"] for line in lines if "validation/click/auc" in line] == [20, 40]
+
+
+def test_a_checkpoint_of_something_else_is_refused(demo_arguments, tmp_path, ads):
+    train(config(demo_arguments("loop.max_steps=12")))
+    before = final_state(tmp_path / "run of a test")
+    wrong = {
+        "schema.features.price=null": "features.price: added",
+        "schema.features.price.log1p=false": "features.price.log1p: True became False",
+        "optimizer.learning_rate=0.5": "optimizer.learning_rate: 0.002 became 0.5",
+        "model.deep.hidden=[8]": "model.deep.hidden: [128, 64] became [8]",
+        "data.train.end=2026-01-01": "data.train.end: '2026-01-02' became '2026-01-01'",
+    }
+    for override, message in wrong.items():
+        message = message.replace("added", "removed")
+        with pytest.raises(CheckpointError) as caught:
+            train(config(demo_arguments("loop.max_steps=30", override)))
+        assert message in str(caught.value)
+        assert final_state(tmp_path / "run of a test")[2] == before[2]
+    with (
+        pytest.raises(CheckpointError, match=r"features\.price: removed"),
+        Experiment(config(demo_arguments("schema.features.price=null"))) as experiment,
+    ):
+        experiment.load()
+
+
+def test_other_data_are_refused(demo_arguments, tmp_path, ads):
+    train(config(demo_arguments("loop.max_steps=12")))
+    moved = tmp_path / "moved"
+    for day in ("date=2026-01-01", "date=2026-01-02", "date=2026-01-03"):
+        (moved / day).mkdir(parents=True)
+        table = pq.read_table(ads / day / "part-00000.parquet")
+        pq.write_table(table if day != "date=2026-01-02" else table.slice(1), moved / day / "part-00000.parquet")
+    with pytest.raises(CheckpointError, match="training data: expected the files it was trained on"):
+        train(config(demo_arguments("loop.max_steps=30", f"data.path={moved}")))
+
+
+def test_a_damaged_checkpoint_falls_back_in_training_and_is_refused_in_evaluation(demo_arguments, tmp_path, caplog):
+    train(config(demo_arguments(output="whole")))
+    train(config(demo_arguments()))
+    output = tmp_path / "run of a test"
+    file = next(list_checkpoints(output / "checkpoints")[-1].glob("*.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match="checksum"), Experiment(config(demo_arguments())) as experiment:
+        experiment.load()
+    train(config(demo_arguments()))
+    assert file.parent.name in caplog.text
+    assert_identical(tmp_path / "whole", output)
+
+
+def test_one_training_at_a_time_in_a_folder(demo_arguments):
+    with Experiment(config(demo_arguments())) as experiment:
+        assert experiment.run
+        with pytest.raises(MlenvError, match="another training is writing here"), Experiment(config(demo_arguments())) as second:
+            assert second.run
+
+
+def test_nothing_is_written_when_the_data_are_refused(demo_arguments, tmp_path):
+    with pytest.raises(MlenvError):
+        train(config(demo_arguments("data.test.start=2027-01-01")))
+    with pytest.raises(ConfigError, match=r"output: expected a folder whose parent exists"):
+        train(config(demo_arguments(f"output={tmp_path / 'no' / 'such'}")))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_model_of_a_checkpoint_is_the_model_that_was_trained(demo_arguments):
+    settings = config(demo_arguments("loop.max_steps=12"))
+    with Experiment(settings) as experiment:
+        fit(experiment.step, experiment.source("train"), experiment.run, settings.loop)
+        trained = {name: tensor.clone() for name, tensor in model_tensors(experiment.model).items()}
+    with Experiment(settings) as experiment:
+        experiment.load()
+        for name, tensor in model_tensors(experiment.model).items():
+            assert torch.equal(tensor, trained[name]), name
+    assert any(name.endswith("normalization.mean") and tensor.abs().sum() > 0 for name, tensor in trained.items())
