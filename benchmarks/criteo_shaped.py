@@ -24,7 +24,10 @@ def schema_of(num_embeddings: int) -> Schema:
 
 
 def write_set(folder: Path, num_rows: int, num_embeddings: int, row_group_rows: int = 65_536, seed: int = 0) -> None:
-    """Writes one Parquet file. Ids are zipf-distributed over the table, spread by a permutation, so that the frequent rows are not neighbours."""
+    """Writes one Parquet file.
+
+    Ids are zipf-distributed over the table, spread by a permutation, so that the frequent rows are not neighbours.
+    """
     generator = np.random.default_rng(seed)
     columns = {}
     for number in range(NUM_CATEGORICAL):

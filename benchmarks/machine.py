@@ -19,7 +19,8 @@ def describe_machine() -> str:
         except PackageNotFoundError:
             continue
     load = os.getloadavg()[0]
-    return f"{os.cpu_count()} cores ({_processor()}), {accelerator}; Python {platform.python_version()}, {', '.join(versions)}; load when measured {load:.1f}."
+    hardware = f"{os.cpu_count()} cores ({_processor()}), {accelerator}"
+    return f"{hardware}; Python {platform.python_version()}, {', '.join(versions)}; load when measured {load:.1f}."
 
 
 def _processor() -> str:

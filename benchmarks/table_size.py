@@ -25,7 +25,7 @@ def measure(folder: Path) -> Result:
     return Result(
         "Step cost against table size: 26 tables, 16 wide, zipf ids, batch 4,096",
         markdown_table(["engine", *(f"{total:,} rows" for total in TOTAL_ROWS), "growth"], rows),
-        f"With the torchrec engine a step costs {growth['torchrec']:.2f} times as much on tables 100 times as large (target: at most {TARGET}).",
+        f"With torchrec a step costs {growth['torchrec']:.2f} times as much on tables 100 times as large (target: at most {TARGET}).",
         growth["torchrec"] <= TARGET,
     )
 

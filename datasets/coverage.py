@@ -33,4 +33,4 @@ def _num_present(column: pa.Array) -> int:
         column = column.cast(pa.list_(pa.struct([("key", column.type.key_type), ("value", column.type.item_type)])))
     if pa.types.is_nested(column.type) and not pa.types.is_fixed_size_list(column.type):
         return int(pc.sum(pc.greater(pc.list_value_length(column), 0)).as_py() or 0)
-    return len(column) - column.null_count
+    return len(column) - int(column.null_count)

@@ -175,17 +175,17 @@ def _expected_types(schema: Schema) -> Iterator[tuple[str, str, Callable[[pa.Dat
 
 
 def _is_number(kind: pa.DataType) -> bool:
-    return pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind) or pa.types.is_decimal(kind)
+    return any(is_type(kind) for is_type in (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_decimal))
 
 
 def _is_flag(kind: pa.DataType) -> bool:
-    return pa.types.is_boolean(kind) or pa.types.is_integer(kind)
+    return any(is_type(kind) for is_type in (pa.types.is_boolean, pa.types.is_integer))
 
 
 def _is_text(kind: pa.DataType) -> bool:
     if pa.types.is_dictionary(kind):
         return _is_text(kind.value_type)
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    return any(is_type(kind) for is_type in (pa.types.is_string, pa.types.is_large_string))
 
 
 def _is_list(is_element: Callable[[pa.DataType], bool], kind: pa.DataType) -> bool:

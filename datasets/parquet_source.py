@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -97,7 +97,7 @@ class ParquetSource:
         )
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
-    def batches(self, start: Position = START) -> Iterator[Batch]:
+    def batches(self, start: Position = START) -> Generator[Batch, None, None]:
         """Batches of ``batch_size`` examples from a position on; only the very last one may be shorter.
 
         Raises:

@@ -17,9 +17,11 @@ from typing import Any
 
 import torch
 import torch.distributed
-import torch.distributed.checkpoint as distributed_checkpoint
 import xxhash
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from mlenv.errors import CheckpointError
 
@@ -42,7 +44,7 @@ def save_checkpoint(folder: Path, step: int, tensors: Mapping[str, Any], documen
     temporary.mkdir(parents=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns of its own single-process mode
-        distributed_checkpoint.save(
+        save(
             dict(tensors),
             storage_writer=HuggingFaceStorageWriter(str(temporary), save_distributed=True),
             no_dist=not torch.distributed.is_initialized(),
@@ -67,8 +69,6 @@ def load_tensors(checkpoint: Path, tensors: Mapping[str, Any]) -> None:
     Raises:
         CheckpointError: the checkpoint lacks a tensor, or holds it in another shape.
     """
-    from torch.distributed.checkpoint.api import CheckpointException
-
     reader = HuggingFaceStorageReader(str(checkpoint))
     stored = reader.read_metadata().state_dict_metadata
     try:
@@ -82,7 +82,7 @@ def load_tensors(checkpoint: Path, tensors: Mapping[str, Any]) -> None:
                     raise CheckpointError(
                         f"{checkpoint}, tensor {name!r}", expected=expected, received=received, fix="use the config it was saved with"
                     )
-            distributed_checkpoint.load(dict(tensors), storage_reader=reader, no_dist=not torch.distributed.is_initialized())
+            load(dict(tensors), storage_reader=reader, no_dist=not torch.distributed.is_initialized())
     except CheckpointException as error:
         raise CheckpointError(str(checkpoint), expected="tensors that load", received=" ".join(str(error).split())[:300]) from error
 

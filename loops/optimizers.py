@@ -39,7 +39,7 @@ class RowWiseAdagrad(torch.optim.Optimizer):
                 table.index_add_(0, rows, values / (accumulated.sqrt() + group["eps"]).unsqueeze(1), alpha=-group["lr"])
 
 
-def plain_tables(model: nn.Module) -> list[nn.Parameter]:
+def plain_tables(model: nn.Module) -> list[Tensor]:
     """Embedding tables with sparse gradients."""
     return [module.weight for module in model.modules() if isinstance(module, nn.Embedding) and module.sparse]
 
@@ -54,7 +54,8 @@ def dense_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 def build_adam(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
     """Adam over dense parameters, with its state in place from the start, so that a checkpoint always has the same tensors."""
-    matrices, vectors = [], []
+    matrices: list[nn.Parameter] = []
+    vectors: list[nn.Parameter] = []
     for parameter in parameters:
         (matrices if parameter.ndim > 1 else vectors).append(parameter)
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed
 from torch import Tensor, nn
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from mlenv.config import EmbeddingsConfig
 from mlenv.errors import require
@@ -21,7 +22,9 @@ def shard(model: nn.Module, config: EmbeddingsConfig, device: torch.device, seed
     One process goes the same way as many. A process group is started when there is none.
     """
     require("torchrec", extra="torchrec")
-    from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
+    from torch.distributed.optim import (  # type: ignore[attr-defined]
+        _apply_optimizer_in_backward as apply_optimizer_in_backward,
+    )
     from torchrec import EmbeddingBagCollection, EmbeddingCollection
     from torchrec.distributed import DistributedModelParallel
     from torchrec.distributed.embedding import EmbeddingCollectionSharder
@@ -32,7 +35,7 @@ def shard(model: nn.Module, config: EmbeddingsConfig, device: torch.device, seed
     from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
     if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
+        torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=HashStore())
     options = {"lr": config.learning_rate, "eps": config.eps, "weight_decay": config.weight_decay}
     constraints = {}
     for module in model.modules():
@@ -51,7 +54,7 @@ def shard(model: nn.Module, config: EmbeddingsConfig, device: torch.device, seed
         warnings.simplefilter("ignore")  # the planner talks of hardware that a user cannot change
         planner = EmbeddingShardingPlanner(topology=Topology(world_size=group.size(), compute_device=device.type), constraints=constraints)
         plan = planner.collective_plan(model, sharders, group)
-        sharded = DistributedModelParallel(model, device=device, plan=plan, sharders=sharders)
+        sharded: nn.Module = DistributedModelParallel(model, device=device, plan=plan, sharders=sharders)
     # Says at the first forward pass how torch's own callers should ask whether they are traced.
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
     for name, weight in sharded.state_dict().items():

@@ -20,13 +20,13 @@ def model_tensors(model: nn.Module) -> dict[str, Any]:
 
 def optimizer_tensors(model: nn.Module, adam: torch.optim.Optimizer, tables: RowWiseAdagrad | None) -> dict[str, Any]:
     """State of the optimizers, by parameter. ``tables`` is None when the tables carry a fused optimizer."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     tensors: dict[str, Any] = {}
     for optimizer in (adam, tables) if tables is not None else (adam,):
         for parameter, state in optimizer.state.items():
             tensors |= {f"optimizer.{_canonical(names[parameter])}.{key}": value for key, value in state.items()}
     if tables is None:
-        fused = model.fused_optimizer.state_dict()["state"]  # type: ignore[union-attr, operator]
+        fused = model.fused_optimizer.state_dict()["state"]  # type: ignore[union-attr]
         for name, state in fused.items():
             tensors |= {f"optimizer.{_canonical(name)}.sum": value for key, value in state.items() if key.endswith(".momentum1")}
     return tensors

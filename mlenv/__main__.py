@@ -1,4 +1,5 @@
 """``python -m mlenv``."""
+
 from __future__ import annotations
 
 import sys

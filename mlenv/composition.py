@@ -34,7 +34,7 @@ def compose(file: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig
         resolved = OmegaConf.to_container(OmegaConf.create(plain), resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(str(file), expected="interpolations that resolve", received=str(error).splitlines()[0]) from error
-    config = from_plain(typing.cast(Node, resolved), ExperimentConfig, str(file))
+    config: ExperimentConfig = from_plain(typing.cast(Node, resolved), ExperimentConfig, str(file))
     check(config)
     return config
 

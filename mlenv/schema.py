@@ -340,32 +340,16 @@ class Schema:
     def _sparse_keys(self) -> Iterator[SparseKey]:
         """Keys in schema order; how they are looked up depends on all users of a table and is set by ``sparse_keys``."""
         for name, feature in self.features.items():
-            column = getattr(feature, "column", "") or name
             if isinstance(feature, Categorical):
-                yield SparseKey(name, column, feature.storage, feature.table or name, "single", "pooled", name, 1, "first", feature.default)
+                yield _sparse_key(name, feature, "single", max_length=1, default=feature.default)
             elif isinstance(feature, MultiCategorical):
-                yield SparseKey(
-                    name, column, feature.storage, feature.table or name, "bag", "pooled", name, feature.max_length, "first", None
-                )
+                yield _sparse_key(name, feature, "bag", max_length=feature.max_length)
             elif isinstance(feature, Weighted):
-                yield SparseKey(
-                    name, column, feature.storage, feature.table or name, "weighted_bag", "pooled", name, feature.max_length, "first", None
-                )
+                yield _sparse_key(name, feature, "weighted_bag", max_length=feature.max_length)
             elif isinstance(feature, Sequence):
                 for part, entry in feature.fields.items():
-                    key = f"{name}.{part}"
-                    yield SparseKey(
-                        key,
-                        entry.column or f"{name}_{part}",
-                        entry.storage,
-                        entry.table or f"{name}_{part}",
-                        "sequence",
-                        "pooled",
-                        name,
-                        feature.max_length,
-                        feature.keep,
-                        None,
-                    )
+                    key = _sparse_key(f"{name}_{part}", entry, "sequence", max_length=feature.max_length)
+                    yield dataclasses.replace(key, name=f"{name}.{part}", feature=name, keep=feature.keep)
 
     def _table_problems(self) -> Iterator[MlenvError]:
         used = set()
@@ -383,7 +367,9 @@ class Schema:
                     f"tables.{key.table}.ids", expected=f"hash or vocabulary, because feature {key.name} holds strings", received="index"
                 )
         for name in (name for name in self.tables if "." in name):
-            yield ConfigError(f"tables.{name}", expected="a name without dots, because it becomes part of a parameter's name", received=name)
+            yield ConfigError(
+                f"tables.{name}", expected="a name without dots, because it becomes part of a parameter's name", received=name
+            )
         for name in self.tables.keys() - used:
             yield ConfigError(
                 f"tables.{name}", expected="a feature that uses it", received="none", fix="remove the table, or name it in a feature"
@@ -399,6 +385,28 @@ class Schema:
                 yield ConfigError(
                     f"labels.{task}", expected="a column that no feature reads", received=column, fix="a model must not see its own target"
                 )
+
+
+def _sparse_key(
+    name: str,
+    source: Categorical | MultiCategorical | Weighted | SequenceField,
+    group: SparseGroup,
+    *,
+    max_length: int,
+    default: str | None = None,
+) -> SparseKey:
+    return SparseKey(
+        name=name,
+        column=source.column or name,
+        storage=source.storage,
+        table=source.table or name,
+        group=group,
+        lookup="pooled",
+        feature=name,
+        max_length=max_length,
+        keep="first",
+        default=default,
+    )
 
 
 def _lookup(groups: set[SparseGroup]) -> Lookup:

@@ -76,7 +76,7 @@ class TorchEmbeddings(nn.Module):
         for name, table in schema.tables.items():
             weight = torch.empty(table.num_embeddings, table.embedding_dim)
             fill_initial_rows(weight, 0, name, config.init_std, seed)
-            self.tables[name] = nn.Embedding.from_pretrained(weight, freeze=False, sparse=True)
+            self.tables[name] = nn.Embedding(table.num_embeddings, table.embedding_dim, sparse=True, _weight=weight)
 
     def forward(self, sparse: SparseFeatures) -> EmbeddedFeatures:
         """
@@ -92,7 +92,9 @@ class TorchEmbeddings(nn.Module):
         events: dict[str, list[EmbeddedSequence]] = {}
         for place, key in enumerate(self.layout.keys):
             ids = sparse.values[offsets[place] : offsets[place + 1]]
-            weight = self.tables[key.table].weight
+            table = self.tables[key.table]
+            assert isinstance(table, nn.Embedding)
+            weight = table.weight
             if key.group == "sequence":
                 values = functional.embedding(ids, weight, sparse=True)
                 events.setdefault(key.feature, []).append(EmbeddedSequence(values, lengths[place]))
