@@ -12,14 +12,14 @@ from mlenv.schema import Schema
 
 
 class Representation(nn.Module):
-    """Embedded ids, the mean of every sequence, and normalized numbers, side by side."""
+    """Embedded ids, the mean of every sequence and how long it is, and normalized numbers, side by side."""
 
     def __init__(self, schema: Schema, embeddings: Embeddings) -> None:
         super().__init__()
         self.embeddings = embeddings
         self.normalization = NumericNormalization(schema)
         layout = embeddings.layout
-        self.output_dim = sum(layout.pooled_dims) + sum(layout.sequence_dims.values()) + schema.num_dense
+        self.output_dim = sum(layout.pooled_dims) + sum(dim + 1 for dim in layout.sequence_dims.values()) + schema.num_dense
 
     def forward(self, batch: Batch) -> Tensor:
         """
@@ -27,8 +27,11 @@ class Representation(nn.Module):
             ``(batch, output_dim)`` float32; an empty sequence is zeros.
         """
         embedded = self.embeddings(batch.sparse)
-        sequences = [mean_of_events(sequence) for sequence in embedded.sequences.values()]
-        return torch.cat([embedded.pooled, *sequences, self.normalization(batch.dense)], dim=1)
+        sequences = list(embedded.sequences.values())
+        means = [mean_of_events(sequence) for sequence in sequences]
+        # A mean does not tell one event from many, and how much somebody did is a feature of its own.
+        sizes = [sequence.lengths.float().log1p().unsqueeze(1) for sequence in sequences]
+        return torch.cat([embedded.pooled, *means, *sizes, self.normalization(batch.dense)], dim=1)
 
 
 def mean_of_events(sequence: EmbeddedSequence) -> Tensor:

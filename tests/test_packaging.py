@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -95,3 +96,9 @@ def test_lock_runs_on_a_cpu(locked: dict[str, str]) -> None:
     assert list(locked) == sorted(locked)
     assert not [name for name in locked if name.startswith(("nvidia-", "cuda-")) or name in ("fbgemm-gpu", "triton")]
     assert not [version for version in locked.values() if "+" in version]
+
+
+def test_the_lock_is_the_first_row_of_the_compatibility_table(locked: dict[str, str]) -> None:
+    row = yaml.safe_load((ROOT / "images" / "compatibility.yaml").read_text())[0]
+    versions = {"torch": row["torch"], "torchrec": row["torchrec"], row["packages"]["cpu"]: row["fbgemm"]}
+    assert {name: locked[name] for name in versions} == versions
