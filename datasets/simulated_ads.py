@@ -16,7 +16,6 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from mlenv.datasets.best_reachable import Truth, best_reachable
 from mlenv.datasets.day_partitions import write_day_partitions
 from mlenv.datasets.simulated_world import (
     AGES,
@@ -96,14 +95,13 @@ class SimulationConfig:
             raise ConfigError("start_date", expected="a date YYYY-MM-DD", received=self.start_date) from error
 
 
-def simulate(config: SimulationConfig, out: Path) -> dict[str, Truth]:
-    """Writes the log to ``out/date=YYYY-MM-DD/`` and says, by task, what is reachable on all of it.
+def simulate(config: SimulationConfig, out: Path) -> None:
+    """Writes the log to ``out/date=YYYY-MM-DD/``.
 
     Raises:
         DataError: ``out`` exists and is not empty, or has no parent folder.
     """
     write_day_partitions(AdsLog(config).days(), out)
-    return best_reachable(out)
 
 
 class ClickHistory:

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from sklearn.metrics import roc_auc_score
 
 from mlenv.composition import from_plain
 from mlenv.config import DataConfig, WindowConfig
@@ -120,11 +121,13 @@ def test_labels_follow_the_true_probabilities(rows):
 
 
 def test_the_default_world_is_neither_trivial_nor_hopeless(tmp_path):
-    truth = simulate(SimulationConfig(num_days=1, rows_per_day=60_000), tmp_path / "ads")
-    assert 0.08 < truth["click"].positive_rate < 0.15
-    assert 0.75 < truth["click"].auc < 0.82
-    assert 0.08 < truth["conversion"].positive_rate < 0.15
-    assert 0.70 < truth["conversion"].auc < 0.80
+    simulate(SimulationConfig(num_days=1, rows_per_day=60_000), tmp_path / "ads")
+    rows = read(tmp_path / "ads")
+    clicked = rows.filter(pl.col("click") == 1)
+    assert 0.08 < rows["click"].mean() < 0.15
+    assert 0.75 < roc_auc_score(rows["click"], rows["true_click_probability"]) < 0.82
+    assert 0.08 < clicked["conversion"].mean() < 0.15
+    assert 0.70 < roc_auc_score(clicked["conversion"], clicked["true_conversion_probability"]) < 0.80
 
 
 @pytest.mark.parametrize("task", ["CLICK", "CONVERSION"])
