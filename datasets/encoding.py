@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from mlenv.batch import Batch, Position, SparseFeatures
-from mlenv.datasets.hashing import hash_ids
+from mlenv.datasets.hashing import as_int64, hash_ids
 from mlenv.errors import DataError, MlenvError, nearest
 from mlenv.schema import Binary, DenseColumn, DenseVector, Feature, Numeric, Schema, SparseKey, Table
 
@@ -215,8 +215,8 @@ def _encode_key(column: pa.Array, key: SparseKey, table: Table) -> Jagged:
     elements, offsets = _elements(column, key.max_length, key.keep)
     weights = None
     if key.group == "weighted_bag":
-        weights = _floats(elements.field(1), default=0.0)
-        elements = elements.field(0)
+        elements, column_of_weights = elements.flatten()  # a null pair makes both of its parts null
+        weights = _floats(column_of_weights, default=0.0)
     if elements.null_count:
         elements, offsets, weights = _without_nulls(elements, offsets, weights, key)
     values = _table_rows(elements, key, table, lambda place: int(np.searchsorted(offsets, place, side="right")) - 1)
@@ -239,7 +239,7 @@ def _table_rows(ids: pa.Array, key: SparseKey, table: Table, row_of: Callable[[i
     if table.ids == "hash":
         return (hash_ids(ids) % np.uint64(table.num_embeddings)).view(np.int64)
     if table.ids == "index":
-        rows: Integers = ids.cast(pa.int64()).to_numpy()
+        rows = as_int64(ids)
         # One pass finds both ends: a negative id is a huge unsigned one.
         if not len(rows) or rows.view(np.uint64).max() < table.num_embeddings:
             return rows
@@ -325,7 +325,9 @@ def _encode_dense(rows: pa.RecordBatch, column: DenseColumn, feature: Feature) -
     if isinstance(feature, Binary):
         return _flags(values, column.column, default=feature.default)
     assert isinstance(feature, Numeric)
-    return _floats(values, default=feature.default)
+    floats = _floats(values, default=feature.default)
+    _check_finite(floats, column.column)
+    return floats
 
 
 def _vectors(values: pa.Array, column: DenseColumn) -> Floats:
@@ -337,7 +339,17 @@ def _vectors(values: pa.Array, column: DenseColumn) -> Floats:
     vectors = np.zeros((len(values), column.width), np.float32)
     present = values.is_valid().to_numpy(zero_copy_only=False)
     vectors[present] = _floats(values.drop_null().flatten(), default=0.0).reshape(-1, column.width)
+    _check_finite(vectors, column.column)
     return vectors
+
+
+def _check_finite(floats: Floats, column: str) -> None:
+    """Refuses infinities, which would spread through means and sums to every example."""
+    if np.isinf(np.max(floats, initial=0)) or np.isinf(np.min(floats, initial=0)):
+        row, *_ = np.argwhere(np.isinf(floats))[0]
+        raise RowError(
+            int(row), column, expected="a finite number", received=str(floats[row]), fix="write null where the value is not known"
+        )
 
 
 def _encode_labels(rows: pa.RecordBatch, schema: Schema) -> tuple[Floats, Floats]:

@@ -16,12 +16,21 @@ def hash_ids(ids: pa.Array) -> NDArray[np.uint64]:
     Source: Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014 (splitmix64).
     """
     if pa.types.is_integer(ids.type):
-        return splitmix64(ids.cast(pa.int64()).to_numpy().view(np.uint64))
+        return splitmix64(as_int64(ids).view(np.uint64))
     encoded = ids if pa.types.is_dictionary(ids.type) else ids.dictionary_encode()
     texts = encoded.dictionary.cast(pa.large_binary()).to_pylist()
     distinct = np.fromiter(map(xxhash.xxh64_intdigest, texts), np.uint64, len(texts))
     hashed: NDArray[np.uint64] = distinct[encoded.indices.to_numpy()]
     return hashed
+
+
+def as_int64(ids: pa.Array) -> NDArray[np.int64]:
+    """Integers of any width in 64 bits; an unsigned one of 2^63 or more becomes the negative number of the same bits."""
+    if pa.types.is_uint64(ids.type):
+        unsigned: NDArray[np.uint64] = ids.to_numpy()
+        return unsigned.view(np.int64)
+    signed: NDArray[np.int64] = ids.cast(pa.int64()).to_numpy()
+    return signed
 
 
 def splitmix64(values: NDArray[np.uint64]) -> NDArray[np.uint64]:

@@ -77,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--out", type=Path, required=True, help="new folder for the day partitions")
 
     made = verb(verbs, "ui", _ui, "Open MLflow on the runs tracked here.")
+    made.add_argument("--uri", default="", help="where the runs are, as in tracking.uri; otherwise where training puts them by default")
     made.add_argument("--port", type=int, default=5000)
     return parser
 
@@ -156,7 +157,7 @@ def _convert(options: argparse.Namespace) -> int:
 def _ui(options: argparse.Namespace) -> int:
     from mlenv.tracking import DEFAULT_URI
 
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
+    uri = options.uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
     command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri, "--port", str(options.port)]
     if uri.startswith(("http://", "https://")):
         print(f"the runs are at {uri}")

@@ -39,17 +39,13 @@ NORMALIZATION_ROWS = 262_144
 """Training rows that means and standard deviations are fitted on."""
 
 _MAY_CHANGE = (
-    "name",
-    "output",
-    "loop.",
-    "tracking.",
-    "data.path",
-    "data.num_epochs",
-    "data.test",
-    "data.validation",
-    "data.decode_threads",
+    *("name", "output", "tracking.", "data.path", "data.test", "data.validation", "data.decode_threads"),
+    *("loop.log_every_steps", "loop.evaluate_every_steps", "loop.checkpoint_every_steps", "loop.keep_checkpoints", "loop.device"),
 )
 """Keys that a resumed training may set anew; any other would make it another model."""
+
+_LENGTH = ("loop.max_steps", "data.num_epochs")
+"""Keys that a resumed training may set anew unless the learning rate follows from them."""
 
 
 class Experiment:
@@ -232,10 +228,11 @@ class Experiment:
         saved = _plain(text)
         self._check_schema(checkpoint, saved)
         before, now = _flat(saved), _flat(to_plain(self.config))
+        may_change = _MAY_CHANGE if self.config.loop.learning_rate_decay == "linear" else _MAY_CHANGE + _LENGTH
         changed = [
             f"{key}: {before.get(key)!r} became {now.get(key)!r}"
             for key in {**before, **now}
-            if before.get(key) != now.get(key) and not key.startswith(("schema.", *_MAY_CHANGE))
+            if before.get(key) != now.get(key) and not key.startswith(("schema.", *may_change))
         ]
         if changed:
             fix = "put them back, or train in another output folder"

@@ -272,7 +272,9 @@ class Schema:
             groups.setdefault(key.table, set()).add(key.group)
         order = typing.get_args(Lookup)
         keys = (dataclasses.replace(key, lookup=_lookup(groups[key.table])) for key in self._sparse_keys())
-        return tuple(sorted(keys, key=lambda key: order.index(key.lookup)))
+        # Rows that are fetched one by one lie in tables of one width each, because TorchRec's collections want it so.
+        width = {name: table.embedding_dim for name, table in self.tables.items()}
+        return tuple(sorted(keys, key=lambda key: (order.index(key.lookup), width[key.table] if key.lookup == "unpooled" else 0)))
 
     @cached_property
     def dense_columns(self) -> tuple[DenseColumn, ...]:
@@ -362,7 +364,13 @@ class Schema:
                     received=key.table,
                     fix=f"add tables.{key.table}; {nearest(key.table, self.tables)}",
                 )
-            elif key.storage == "string" and self.tables[key.table].ids == "index":
+                continue
+            texts = [*self.tables[key.table].vocabulary, *([key.default] if key.default is not None else [])]
+            if key.storage == "int64" and (wrong := [text for text in texts if not _is_int64(text)]):
+                yield ConfigError(
+                    f"features.{key.name}", expected="a default and a vocabulary of integers, as its ids are", received=wrong[0]
+                )
+            if key.storage == "string" and self.tables[key.table].ids == "index":
                 yield ConfigError(
                     f"tables.{key.table}.ids", expected=f"hash or vocabulary, because feature {key.name} holds strings", received="index"
                 )
@@ -385,6 +393,13 @@ class Schema:
                 yield ConfigError(
                     f"labels.{task}", expected="a column that no feature reads", received=column, fix="a model must not see its own target"
                 )
+
+
+def _is_int64(text: str) -> bool:
+    try:
+        return -(2**63) <= int(text) < 2**63
+    except ValueError:
+        return False
 
 
 def _sparse_key(

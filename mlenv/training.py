@@ -36,7 +36,8 @@ def train(config: ExperimentConfig) -> TrainingResult:
     """Trains to the end, or goes on where a killed run stopped; then measures the model on the test window and reports.
 
     Raises:
-        MlenvError: the config, the data or a checkpoint cannot be used; before anything is written.
+        MlenvError: the config, the columns of the data or a checkpoint cannot be used, before anything is written; or a
+            value in a row cannot, when its row group is read, and then the run stays as the last checkpoint left it.
     """
     with Experiment(config) as experiment:
         windows = [split for split in ("validation", "test") if getattr(config.data, split) is not None]

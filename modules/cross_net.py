@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -17,8 +18,8 @@ class CrossNetConfig:
     def __post_init__(self) -> None:
         check_at_least("num_layers", self.num_layers, 1)
 
-    def build(self, input_dim: int) -> CrossNet:
-        return CrossNet(self, input_dim)
+    def build(self, field_dims: Sequence[int]) -> CrossNet:
+        return CrossNet(self, sum(field_dims))
 
 
 class CrossNet(nn.Module):

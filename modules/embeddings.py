@@ -15,7 +15,7 @@ from torch.nn import functional
 from mlenv.batch import SparseFeatures
 from mlenv.config import EmbeddingsConfig
 from mlenv.errors import require
-from mlenv.schema import Lookup, Schema, SparseKey
+from mlenv.schema import Schema, SparseKey
 
 if TYPE_CHECKING:
     from torchrec import KeyedTensor
@@ -28,7 +28,7 @@ class EmbeddedSequence:
     """Vectors of past events, jagged: the events of example 0, then of example 1, ..."""
 
     values: Tensor
-    """``(events, dim)``: the fields of an event side by side, in schema order."""
+    """``(events, dim)``: the fields of an event side by side, in the order of ``schema.sparse_keys``."""
     lengths: Tensor
     """``(batch,)`` int32, events per example."""
 
@@ -51,19 +51,21 @@ class EmbeddingLayout:
         self.keys = schema.sparse_keys
         self.pooled_keys = tuple(key for key in self.keys if key.group != "sequence")
         self.pooled_dims = tuple(schema.tables[key.table].embedding_dim for key in self.pooled_keys)
-        self.sequence_dims = {
-            feature: sum(schema.tables[key.table].embedding_dim for key in keys)
-            for feature, keys in groupby((key for key in self.keys if key.group == "sequence"), key=lambda key: key.feature)
-        }
+        self.sequence_dims: dict[str, int] = {}
+        for key in (key for key in self.keys if key.group == "sequence"):
+            self.sequence_dims[key.feature] = self.sequence_dims.get(key.feature, 0) + schema.tables[key.table].embedding_dim
         """Width of an event, by feature."""
 
-    def lookups(self) -> Iterator[tuple[Lookup, slice, tuple[SparseKey, ...]]]:
-        """Each lookup that occurs, where its keys lie, and the keys."""
+    def lookups(self) -> Iterator[tuple[str, slice, tuple[SparseKey, ...]]]:
+        """Each lookup that occurs under a name of its own, where its keys lie, and the keys; they share how they are looked up."""
         start = 0
-        for lookup, group in groupby(self.keys, key=lambda key: key.lookup):
+        for name, group in groupby(self.keys, key=self._lookup_name):
             keys = tuple(group)
-            yield lookup, slice(start, start + len(keys)), keys
+            yield name, slice(start, start + len(keys)), keys
             start += len(keys)
+
+    def _lookup_name(self, key: SparseKey) -> str:
+        return f"unpooled_{self.tables[key.table].embedding_dim}" if key.lookup == "unpooled" else key.lookup
 
 
 class TorchEmbeddings(nn.Module):
@@ -121,23 +123,23 @@ class TorchRecEmbeddings(nn.Module):
         torchrec = require("torchrec", extra="torchrec")
         self.layout = EmbeddingLayout(schema)
         self.collections = nn.ModuleDict()
-        for lookup, _, keys in self.layout.lookups():
-            names: dict[str, list[str]] = {}
+        for name, _, keys in self.layout.lookups():
+            users: dict[str, list[str]] = {}
             for key in keys:
-                names.setdefault(key.table, []).append(key.name)
-            shapes = {
-                name: {"num_embeddings": schema.tables[name].num_embeddings, "embedding_dim": schema.tables[name].embedding_dim}
-                for name in names
-            }
+                users.setdefault(key.table, []).append(key.name)
+            rows = {table: schema.tables[table].num_embeddings for table in users}
+            dims = {table: schema.tables[table].embedding_dim for table in users}
+            table_config = torchrec.EmbeddingConfig if keys[0].lookup == "unpooled" else torchrec.EmbeddingBagConfig
+            tables = [
+                table_config(name=table, feature_names=features, num_embeddings=rows[table], embedding_dim=dims[table])
+                for table, features in users.items()
+            ]
             meta = torch.device("meta")
-            if lookup == "unpooled":
-                tables = [torchrec.EmbeddingConfig(name=name, feature_names=features, **shapes[name]) for name, features in names.items()]
-                self.collections[lookup] = torchrec.EmbeddingCollection(tables=tables, device=meta)
+            if keys[0].lookup == "unpooled":
+                self.collections[name] = torchrec.EmbeddingCollection(tables=tables, device=meta)
             else:
-                bags = [torchrec.EmbeddingBagConfig(name=name, feature_names=features, **shapes[name]) for name, features in names.items()]
-                self.collections[lookup] = torchrec.EmbeddingBagCollection(
-                    tables=bags, is_weighted=lookup == "pooled_weighted", device=meta
-                )
+                is_weighted = keys[0].lookup == "pooled_weighted"
+                self.collections[name] = torchrec.EmbeddingBagCollection(tables=tables, is_weighted=is_weighted, device=meta)
 
     def forward(self, sparse: SparseFeatures) -> EmbeddedFeatures:
         """
@@ -150,9 +152,9 @@ class TorchRecEmbeddings(nn.Module):
         lengths = sparse.lengths.view(len(sparse.keys), -1)
         pooled: list[Tensor] = []
         events: dict[str, list[EmbeddedSequence]] = {}
-        for lookup, where, keys in self.layout.lookups():
-            found = self.collections[lookup](sparse.select(where.start, where.stop).to_keyed_jagged_tensor())
-            if lookup != "unpooled":
+        for name, where, keys in self.layout.lookups():
+            found = self.collections[name](sparse.select(where.start, where.stop).to_keyed_jagged_tensor())
+            if keys[0].lookup != "unpooled":
                 pooled += self._pooled(found, keys, lengths[where])
                 continue
             for place, key in enumerate(keys, start=where.start):

@@ -1,4 +1,4 @@
-"""One output per task on top of a shared bottom."""
+"""One output per task."""
 
 from __future__ import annotations
 
@@ -11,10 +11,7 @@ from mlenv.modules.mlp import MLPConfig
 
 
 class TaskHeads(nn.Module):
-    """A small network per task over the same shared representation.
-
-    Source: Caruana, "Multitask Learning", Machine Learning 28, 1997 (hard parameter sharing).
-    """
+    """A small network per task."""
 
     def __init__(self, config: MLPConfig, input_dim: int, tasks: Sequence[str]) -> None:
         super().__init__()
@@ -23,12 +20,12 @@ class TaskHeads(nn.Module):
             hidden = config.build(input_dim)
             self.heads[task] = nn.Sequential(hidden, nn.Linear(hidden.output_dim, 1))
 
-    def forward(self, shared: Tensor) -> Tensor:
+    def forward(self, inputs: Sequence[Tensor]) -> Tensor:
         """
         Args:
-            shared: ``(batch, input_dim)``.
+            inputs: one ``(batch, input_dim)`` per task, in the order of the tasks.
 
         Returns:
             logits ``(batch, tasks)`` float32, in the order of the tasks.
         """
-        return torch.cat([head(shared) for head in self.heads.values()], dim=1).float()
+        return torch.cat([head(own) for head, own in zip(self.heads.values(), inputs, strict=True)], dim=1).float()

@@ -1,8 +1,9 @@
-"""The standard ranking model: representation -> crossing beside a deep network -> one head per task."""
+"""The standard ranking model: representation -> crossing beside a deep network -> experts -> one head per task."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -14,29 +15,43 @@ from mlenv.modules.cross_net import CrossNetConfig
 from mlenv.modules.embeddings import Embeddings
 from mlenv.modules.heads import TaskHeads
 from mlenv.modules.mlp import MLPConfig, check_dropout
-from mlenv.modules.representation import Representation
+from mlenv.modules.representation import SEQUENCES, Representation, SequenceConfig
+from mlenv.modules.shared_bottom import SharedBottomConfig
 from mlenv.schema import Schema
 
 
 class CrossingConfig(Protocol):
-    """Builds a module ``(batch, input_dim) -> (batch, output_dim)`` with an attribute ``output_dim``."""
+    """Builds a module ``(batch, sum of field_dims) -> (batch, output_dim)`` with an attribute ``output_dim``."""
 
-    def build(self, input_dim: int) -> nn.Module: ...
+    def build(self, field_dims: Sequence[int]) -> nn.Module: ...
+
+
+class ExpertsConfig(Protocol):
+    """Builds a module ``(batch, input_dim) -> one (batch, output_dim) per task`` with an attribute ``output_dim``."""
+
+    def build(self, input_dim: int, tasks: Sequence[str]) -> nn.Module: ...
 
 
 CROSSINGS: dict[str, type | str] = {"cross_net": CrossNetConfig}
 """Crossings by the name that ``model.crossing.kind`` takes."""
+
+EXPERTS: dict[str, type | str] = {"shared_bottom": SharedBottomConfig}
+"""What tasks share, by the name that ``model.experts.kind`` takes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankerConfig:
     """With the crossing ``cross_net`` this is DCN-V2 in its parallel form; without a crossing, a plain deep network."""
 
+    sequences: dict[str, SequenceConfig] = kind_field(SEQUENCES, default_factory=dict)
+    """Encoder of each sequence feature, by the feature's name; one that is not named is averaged."""
     crossing: CrossingConfig | None = kind_field(CROSSINGS, default=CrossNetConfig())
     """Explicit interactions of features, beside the deep network; null leaves them out."""
-    deep: MLPConfig = MLPConfig()
+    deep: MLPConfig = field(default_factory=MLPConfig)
     """Implicit interactions."""
-    heads: MLPConfig = MLPConfig(hidden=(64,))
+    experts: ExpertsConfig = kind_field(EXPERTS, default=SharedBottomConfig())
+    """What the tasks share between the interactions and their heads."""
+    heads: MLPConfig = field(default_factory=lambda: MLPConfig(hidden=(64,)))
     """Hidden layers of each task's own network."""
     input_dropout: float = 0.0
     """Share of the representation that a training step hides."""
@@ -49,17 +64,17 @@ class RankerConfig:
 
 
 class Ranker(nn.Module):
-    """Source: Wang et al., "DCN V2", WWW 2021, arXiv:2008.13535, section 3.4 (parallel structure); heads by shared bottom."""
+    """Source: Wang et al., "DCN V2", WWW 2021, arXiv:2008.13535, section 3.4 (parallel structure)."""
 
     def __init__(self, config: RankerConfig, schema: Schema, embeddings: Embeddings) -> None:
         super().__init__()
-        self.representation = Representation(schema, embeddings)
-        input_dim = self.representation.output_dim
+        self.representation = Representation(schema, embeddings, config.sequences)
         self.dropout = nn.Dropout(config.input_dropout)
-        self.deep = config.deep.build(input_dim)
-        self.crossing = None if config.crossing is None else config.crossing.build(input_dim)
+        self.deep = config.deep.build(self.representation.output_dim)
+        self.crossing = None if config.crossing is None else config.crossing.build(self.representation.field_dims)
         crossed_dim = 0 if self.crossing is None else int(self.crossing.output_dim)  # type: ignore[arg-type]
-        self.heads = TaskHeads(config.heads, self.deep.output_dim + crossed_dim, schema.tasks)
+        self.experts = config.experts.build(self.deep.output_dim + crossed_dim, schema.tasks)
+        self.heads = TaskHeads(config.heads, int(self.experts.output_dim), schema.tasks)  # type: ignore[arg-type]
 
     def forward(self, batch: Batch) -> Tensor:
         """
@@ -70,5 +85,5 @@ class Ranker(nn.Module):
         outputs = self.deep(inputs)
         if self.crossing is not None:
             outputs = torch.cat([self.crossing(inputs), outputs], dim=1)
-        logits: Tensor = self.heads(outputs)
+        logits: Tensor = self.heads(self.experts(outputs))
         return logits

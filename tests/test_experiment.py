@@ -152,8 +152,13 @@ def test_a_complete_training_is_left_as_it_is(demo_arguments, tmp_path):
     assert comparable(again.evaluation.metrics) == comparable(first.evaluation.metrics)
     after = final_state(tmp_path / "run of a test")
     assert (before[0], before[2], before[3]) == (after[0], after[2], after[3])
-    longer = train(config(demo_arguments("loop.max_steps=20")))
-    assert longer.steps == 20
+    with pytest.raises(CheckpointError, match=r"loop\.max_steps: 12 became 20"):  # the learning rate falls to the last step
+        train(config(demo_arguments("loop.max_steps=20")))
+
+
+def test_a_training_with_constant_rates_may_go_on_longer(demo_arguments):
+    for steps in (12, 20):
+        assert train(config(demo_arguments("loop.learning_rate_decay=none", f"loop.max_steps={steps}"))).steps == steps
 
 
 def test_validation_and_decay_are_logged(demo_arguments, tmp_path):
@@ -176,7 +181,7 @@ def test_a_checkpoint_of_something_else_is_refused(demo_arguments, tmp_path, ads
     for override, message in wrong.items():
         message = message.replace("added", "removed")
         with pytest.raises(CheckpointError) as caught:
-            train(config(demo_arguments("loop.max_steps=30", override)))
+            train(config(demo_arguments("loop.max_steps=12", override)))
         assert message in str(caught.value)
         assert final_state(tmp_path / "run of a test")[2] == before[2]
     with (
@@ -187,14 +192,14 @@ def test_a_checkpoint_of_something_else_is_refused(demo_arguments, tmp_path, ads
 
 
 def test_other_data_are_refused(demo_arguments, tmp_path, ads):
-    train(config(demo_arguments("loop.max_steps=12")))
+    train(config(demo_arguments()))
     moved = tmp_path / "moved"
     for day in ("date=2026-01-01", "date=2026-01-02", "date=2026-01-03"):
         (moved / day).mkdir(parents=True)
         table = pq.read_table(ads / day / "part-00000.parquet")
         pq.write_table(table if day != "date=2026-01-02" else table.slice(1), moved / day / "part-00000.parquet")
     with pytest.raises(CheckpointError, match="training data: expected the files it was trained on"):
-        train(config(demo_arguments("loop.max_steps=30", f"data.path={moved}")))
+        train(config(demo_arguments(f"data.path={moved}")))
 
 
 def test_a_damaged_checkpoint_falls_back_in_training_and_is_refused_in_evaluation(demo_arguments, tmp_path, caplog):

@@ -33,11 +33,11 @@ def test_keys_of_one_lookup_are_contiguous():
         ("country", "pooled"),
         ("tags", "pooled"),
         ("topics", "pooled_weighted"),
+        ("history.action", "unpooled"),  # its table is narrower than that of the items
         ("history.item", "unpooled"),
-        ("history.action", "unpooled"),
         ("item", "unpooled"),  # shares its table with a sequence
     ]
-    assert [key.column for key in keys] == ["country", "tags", "topics", "history_item", "history_action", "item"]
+    assert [key.column for key in keys] == ["country", "tags", "topics", "history_action", "history_item", "item"]
 
 
 def test_dense_columns_lie_side_by_side():
@@ -76,14 +76,19 @@ def test_differences_are_spelled_out_by_feature():
 def test_every_problem_is_reported_at_once():
     with pytest.raises(Problems) as caught:
         Schema(
-            features={"item": Categorical(table="itme"), "word": Categorical(storage="string")},
-            tables={"item": ITEM, "word": ITEM},
+            features={
+                "age": Categorical(table="item", default="old"),
+                "item": Categorical(table="itme"),
+                "word": Categorical(storage="string"),
+            },
+            tables={"item": ITEM, "word": ITEM, "spare": ITEM},
             labels={"click": Label(column="item")},
         )
     text = str(caught.value)
     assert "features.item.table: expected a table of the schema. Received: 'itme'" in text
     assert "did you mean 'item'" in text
-    assert "tables.item: expected a feature that uses it" in text
+    assert "features.age: expected a default and a vocabulary of integers, as its ids are. Received: 'old'." in text
+    assert "tables.spare: expected a feature that uses it" in text
     assert "tables.word.ids: expected hash or vocabulary" in text
     assert "labels.click: expected a column that no feature reads" in text
 

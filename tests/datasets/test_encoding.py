@@ -148,10 +148,12 @@ def test_slices_of_columns_are_read_at_their_offset():
         ({"click": pa.array([1, None, 0])}, 1, "click", None),
         ({"click": pa.array([1, 2, 0])}, 1, "click", 2),
         ({"value": pa.array([1.0, 1.0, -1.0])}, 2, "value", -1.0),
+        ({"price": pa.array([1.0, float("-inf"), None])}, 1, "price", "-inf"),
+        ({"item": pa.array([1, 2, 2**63], pa.uint64())}, 2, "item", 2**63),
         ({"is_new": pa.array([0, 5, 1])}, 1, "is_new", 5),
         ({"vector": pa.array([[1.0, 2.0], [1.0], None])}, 1, "vector", "1 numbers"),
-        ({"history_action": pa.array([["click", "click"], [], None])}, 0, "history_action", 2),
-        ({"history_action": pa.array([["click"] * 3, ["click"], None])}, 1, "history_action", 1),
+        ({"history_action": pa.array([["click", "click"], [], None])}, 0, "history_item", 3),
+        ({"history_action": pa.array([["click"] * 3, ["click"], None])}, 1, "history_item", 0),
         ({"history_item": pa.array([[1, None], [], None]), "history_action": pa.array([["a", "b"], [], None])}, 0, "history_item", None),
     ],
 )
@@ -179,6 +181,14 @@ def test_columns_that_do_not_fit_are_all_named():
     assert any("column 'price': expected a number" in message for message in messages)
     assert any("column 'tags': expected list<int64>" in message for message in messages)
     assert any("column 'topics': expected map<int64, float>" in message for message in messages)
+
+
+def test_a_null_pair_is_dropped():
+    kind = pa.list_(pa.struct([("id", pa.int64()), ("weight", pa.float32())]))
+    pairs = pa.array([[{"id": 1, "weight": 0.5}, None, {"id": 2, "weight": 3.0}], [None], None], kind)
+    batch = to_batch([encode(rows(topics=pairs), SCHEMA)], Position())
+    assert bags(batch)["topics"] == [[1, 2], [], []]
+    assert batch.sparse.select(3, 4).weights.tolist() == [0.5, 3.0]
 
 
 def test_no_rows_and_no_sparse_features():

@@ -10,7 +10,9 @@ import torch
 from mlenv.errors import ConfigError
 from mlenv.modules import CrossNet, CrossNetConfig, MLPConfig, NumericNormalization, TaskHeads, weighted_binary_cross_entropy
 from mlenv.modules.embeddings import EmbeddedSequence
-from mlenv.modules.representation import mean_of_events
+from mlenv.modules.field_tokens import FieldTokens
+from mlenv.modules.mean_pooling import MeanPoolingConfig
+from mlenv.modules.shared_bottom import SharedBottomConfig
 from mlenv.schema import Binary, DenseVector, Label, Numeric, Schema
 
 
@@ -48,8 +50,10 @@ def test_heads_give_one_column_per_task_in_order():
         for bias, (_, head) in enumerate(heads.heads.items()):
             head[1].weight.fill_(1.0)
             head[1].bias.fill_(float(bias))
-    assert heads(torch.tensor([[1.0, 2.0]])).tolist() == [[3.0, 4.0]]
-    assert heads(torch.ones(1, 2).bfloat16().float()).dtype == torch.float32
+    shared = SharedBottomConfig().build(2, ("click", "buy"))
+    assert shared.output_dim == 2
+    assert heads(shared(torch.tensor([[1.0, 2.0]]))).tolist() == [[3.0, 4.0]]
+    assert heads([torch.tensor([[1.0, 2.0]]), torch.tensor([[5.0, 5.0]])]).tolist() == [[3.0, 11.0]]
 
 
 def test_the_loss_is_a_weighted_mean_per_task():
@@ -83,12 +87,27 @@ def test_normalization_is_fitted_and_travels_in_the_state():
     assert torch.equal(again(dense), result)
 
 
-def test_mean_of_events():
+def test_mean_pooling_gives_the_mean_and_how_many_there_were():
     values = torch.tensor([[1.0, 2.0], [3.0, 4.0], [9.0, 9.0]])
-    sequence = EmbeddedSequence(values, torch.tensor([2, 0, 1], dtype=torch.int32))
-    assert mean_of_events(sequence).tolist() == [[2, 3], [0, 0], [9, 9]]
+    pooling = MeanPoolingConfig().build(2, 0)
+    pooled = pooling(EmbeddedSequence(values, torch.tensor([2, 0, 1], dtype=torch.int32)), torch.zeros(3, 0))
+    torch.testing.assert_close(pooled, torch.tensor([[2, 3, math.log(3)], [0, 0, 0], [9, 9, math.log(2)]]))
+    assert pooling.output_dim == 3
     nothing = EmbeddedSequence(torch.zeros(0, 2), torch.zeros(3, dtype=torch.int32))
-    assert mean_of_events(nothing).tolist() == [[0, 0]] * 3
+    assert pooling(nothing, torch.zeros(3, 0)).tolist() == [[0, 0, 0]] * 3
+
+
+def test_field_tokens_are_a_view_or_a_map_per_field():
+    inputs = torch.arange(12.0).view(2, 6)
+    tokens = FieldTokens((2, 2, 2), 2)
+    assert not list(tokens.parameters())
+    assert torch.equal(tokens(inputs), inputs.view(2, 3, 2))
+    mixed = FieldTokens((2, 2, 1, 1), 3)
+    result = mixed(inputs)
+    assert result.shape == (2, 4, 3)
+    weights, biases = [*mixed.weights[0], *mixed.weights[1]], [*mixed.biases[0], *mixed.biases[1]]
+    for place, field in enumerate(inputs.split([2, 2, 1, 1], dim=1)):
+        torch.testing.assert_close(result[:, place], field @ weights[place] + biases[place])
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,7 @@ def test_bags_pool_to_what_is_computed_by_hand():
 
     history = embedded.sequences["history"]
     item, action = embeddings.tables["item"].weight, embeddings.tables["history_action"].weight
-    rows = [torch.cat([item[i], action[a]]) for i, a in zip([1, 2, 9], [0, 2, 1], strict=True)]
+    rows = [torch.cat([action[a], item[i]]) for i, a in zip([1, 2, 9], [0, 2, 1], strict=True)]
     torch.testing.assert_close(history.values, torch.stack(rows))
     assert history.lengths.tolist() == [2, 0, 1]
     assert embeddings.layout.sequence_dims == {"history": 4}
