@@ -17,6 +17,7 @@ help:
 	@echo "make clean  remove .venv, builds and caches; work/ stays"
 
 demo: $(READY)
+	@mkdir -p work
 	@test -d work/ads || { echo "== simulating an ads log into work/ads"; $(BIN)/mlenv data simulate --out work/ads; }
 	@echo "== training the demo ranker, examples/demo/ranker.yaml"
 	@$(BIN)/mlenv train examples/demo/ranker.yaml
