@@ -53,6 +53,7 @@ class TrainingRun:
         state: gives all tensors of model and optimizers; they are saved as they are, and loaded in place.
         begin: prepares a model that starts from nothing, such as its normalization.
         check: refuses the config of a checkpoint that the training cannot continue from.
+        started: is told when the training begins or continues, and nothing can refuse it any more.
         validate: measures the model on held-out rows: ``task/metric`` to value.
     """
 
@@ -64,11 +65,12 @@ class TrainingRun:
         state: Callable[[], dict[str, Any]],
         begin: Callable[[], None],
         check: Callable[[Path, str], None],
+        started: Callable[[], None],
         validate: Callable[[], Mapping[str, float]],
     ) -> None:
         self.journal = Journal(output / "metrics.jsonl")
         self._checkpoints, self._options = output / CHECKPOINT_FOLDER, options
-        self._state, self._begin, self._check, self._validate = state, begin, check, validate
+        self._state, self._begin, self._check, self._started, self._validate = state, begin, check, started, validate
         # What was seen since the last record; part of the checkpoint, so that a resumed run logs the same numbers.
         self._sums = {name: torch.zeros(len(options.tasks), dtype=torch.float64) for name in ("losses", "weights")}
         self._seconds, self._examples = time.perf_counter(), 0
@@ -88,6 +90,7 @@ class TrainingRun:
             progress = self._load(checkpoint)
             logger.info("continues from %s, step %d", checkpoint, progress.step)
         self.journal.truncate(progress.step)
+        self._started()
         self._bar = tqdm(
             total=self._options.total_steps, initial=progress.step, unit="step", desc="train", disable=None, leave=False, dynamic_ncols=True
         )

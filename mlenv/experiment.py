@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import fcntl
 import logging
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Literal, Self
+from typing import IO, Any, Literal, Self, get_args
 
 import torch
 import torch.distributed
@@ -34,6 +34,7 @@ from mlenv.tracking import MlflowTracker, run_tags
 logger = logging.getLogger(__name__)
 
 Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = get_args(Split)
 
 NORMALIZATION_ROWS = 262_144
 """Training rows that means and standard deviations are fitted on."""
@@ -52,7 +53,7 @@ class Experiment:
     """Builds what a config describes; leave it as a context, so that its locks and threads end with it.
 
     Raises:
-        MlenvError: the config cannot be built on this machine, or the data do not fit the schema; before anything is written.
+        ConfigError: the output folder has no parent; nothing is written before the first step of a training.
     """
 
     def __init__(self, config: ExperimentConfig) -> None:
@@ -64,8 +65,7 @@ class Experiment:
         self._lock: IO[str] | None = None
         self._tracker: MlflowTracker | None = None
         self.fabric = Fabric(accelerator=config.loop.device, devices=1, precision=config.loop.precision)
-        self.source = cache(self._open_source)
-        self.source("train")
+        self._sources: dict[Split, ParquetSource] = {}
 
     @cached_property
     def model(self) -> nn.Module:
@@ -116,12 +116,25 @@ class Experiment:
             config=to_yaml(self.config),
             data_fingerprint=source.fingerprint,
         )
-        (self.output / CONFIG).write_text(options.config)
-        if self.config.tracking.enabled:
-            self._track()
         return TrainingRun(
-            self.output, options, state=self._tensors, begin=self._fit_normalization, check=self._check_resumable, validate=self._validate
+            self.output,
+            options,
+            state=self._tensors,
+            begin=self._fit_normalization,
+            check=self._check_resumable,
+            started=self._record_start,
+            validate=self._validate,
         )
+
+    def source(self, split: Split) -> ParquetSource:
+        """Rows of a window of the config; its columns are checked when it is first asked for.
+
+        Raises:
+            Problems, DataError: see ParquetSource.
+        """
+        if split not in self._sources:
+            self._sources[split] = self._open_source(split)
+        return self._sources[split]
 
     def load(self) -> Path:
         """Loads the newest checkpoint of the output folder into the model, for evaluation, and returns it.
@@ -150,7 +163,8 @@ class Experiment:
             for name in ("train", "validation", "test")
             if (window := getattr(self.config.data, name)) is not None
         }
-        prints = {"schema fingerprint": self.schema.fingerprint, "data fingerprint": self.source("train").fingerprint}
+        prints = {"schema fingerprint": self.schema.fingerprint}
+        prints |= {f"{split} data fingerprint": source.fingerprint for split, source in self._sources.items()}
         return {**windows, **prints, "device": str(self.fabric.device), **run_tags()}
 
     @property
@@ -249,8 +263,12 @@ class Experiment:
                 f"{self.output}: another training is writing here. Fix: wait for it, or set output to another folder."
             ) from error
 
-    def _track(self) -> None:
+    def _record_start(self) -> None:
+        """Writes the config and begins the tracked run, once it is certain that the training goes on."""
+        (self.output / CONFIG).write_text(to_yaml(self.config))
         tracking = self.config.tracking
+        if not tracking.enabled:
+            return
         self._tracker = MlflowTracker(self.output, uri=tracking.uri, experiment=tracking.experiment, run_name=self.config.name)
         params = {key: str(value) for key, value in _flat(to_plain(self.config)).items() if not key.startswith("schema.")}
         self._tracker.start(params, self.facts)

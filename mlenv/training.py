@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mlenv.config import ExperimentConfig
 from mlenv.datasets.coverage import feature_columns, feature_coverage
-from mlenv.experiment import Experiment
+from mlenv.experiment import SPLITS, Experiment, Split
 from mlenv.loops.evaluate import Evaluation, evaluate
 from mlenv.loops.fit import fit
 from mlenv.loops.journal import Journal
@@ -40,11 +40,11 @@ def train(config: ExperimentConfig) -> TrainingResult:
             value in a row cannot, when its row group is read, and then the run stays as the last checkpoint left it.
     """
     with Experiment(config) as experiment:
-        windows = [split for split in ("validation", "test") if getattr(config.data, split) is not None]
-        for split in windows:
-            experiment.source(split)
+        splits: list[Split] = [split for split in SPLITS if getattr(config.data, split) is not None]
+        for split in splits:
+            experiment.source(split)  # all windows are checked before the first step
         progress = fit(experiment.step, experiment.source("train"), experiment.run, config.loop)
-        evaluation = evaluate_and_report(experiment) if "test" in windows else None
+        evaluation = evaluate_and_report(experiment) if "test" in splits else None
         if evaluation is not None:
             _journal_once(experiment.run.journal, progress.step, evaluation)
         for name in (METRICS, REPORT, f"checkpoints/step-{progress.step:08d}"):

@@ -171,6 +171,7 @@ def test_validation_and_decay_are_logged(demo_arguments, tmp_path):
 def test_a_checkpoint_of_something_else_is_refused(demo_arguments, tmp_path, ads):
     train(config(demo_arguments("loop.max_steps=12")))
     before = final_state(tmp_path / "run of a test")
+    config_before = (tmp_path / "run of a test" / "config.yaml").read_text()
     wrong = {
         "schema.features.price=null": "features.price: added",
         "schema.features.price.log1p=false": "features.price.log1p: True became False",
@@ -184,6 +185,7 @@ def test_a_checkpoint_of_something_else_is_refused(demo_arguments, tmp_path, ads
             train(config(demo_arguments("loop.max_steps=12", override)))
         assert message in str(caught.value)
         assert final_state(tmp_path / "run of a test")[2] == before[2]
+        assert (tmp_path / "run of a test" / "config.yaml").read_text() == config_before
     with (
         pytest.raises(CheckpointError, match=r"features\.price: removed"),
         Experiment(config(demo_arguments("schema.features.price=null"))) as experiment,
