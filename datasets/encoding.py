@@ -1,29 +1,16 @@
-"""From Arrow columns to numbers: a RecordBatch becomes EncodedRows, whose slices become Batches.
-
-Whole windows of rows are encoded at once, column by column, so that the cost of Python is paid per column and
-window; cutting a batch afterwards is a few contiguous copies.
-"""
+"""From Arrow columns to numbers: a RecordBatch becomes EncodedRows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache, partial
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch
-from numpy.typing import NDArray
 
-from mlenv.batch import Batch, Position, SparseFeatures
+from mlenv.datasets.encoded_rows import EncodedRows, Floats, Integers, Jagged, ranges
 from mlenv.datasets.hashing import as_int64, hash_ids
-from mlenv.errors import DataError, MlenvError, nearest
 from mlenv.schema import Binary, DenseColumn, DenseVector, Feature, Numeric, Schema, SparseKey, Table
-
-Integers = NDArray[np.int64]
-Floats = NDArray[np.float32]
 
 
 class RowError(Exception):
@@ -32,93 +19,6 @@ class RowError(Exception):
     def __init__(self, row: int, column: str, *, expected: str, received: object, fix: str = "") -> None:
         super().__init__(f"row {row}, column {column!r}: expected {expected}, received {received!r}")
         self.row, self.column, self.expected, self.received, self.fix = row, column, expected, received, fix
-
-
-@dataclass(frozen=True)
-class Jagged:
-    """Ids of one sparse key. Without offsets every bag holds exactly one id."""
-
-    values: Integers
-    offsets: Integers | None = None
-    """``(rows + 1,)``: bag i is ``values[offsets[i]:offsets[i + 1]]``."""
-    weights: Floats | None = None
-
-    def rows(self, start: int, stop: int) -> Jagged:
-        """Bags ``start`` to ``stop``, as views."""
-        if self.offsets is None:
-            return Jagged(self.values[start:stop])
-        first, last = self.offsets[start], self.offsets[stop]
-        weights = None if self.weights is None else self.weights[first:last]
-        return Jagged(self.values[first:last], self.offsets[start : stop + 1] - first, weights)
-
-    def take(self, order: Integers) -> Jagged:
-        """Bags in another order."""
-        if self.offsets is None:
-            return Jagged(self.values[order])
-        lengths = np.diff(self.offsets)[order]
-        places, offsets = _ranges(self.offsets[order], lengths)
-        return Jagged(self.values[places], offsets, None if self.weights is None else self.weights[places])
-
-    def lengths(self, rows: int) -> NDArray[np.int32]:
-        """Ids per bag."""
-        return np.ones(rows, np.int32) if self.offsets is None else np.diff(self.offsets).astype(np.int32)
-
-
-@dataclass(frozen=True)
-class EncodedRows:
-    """Many examples as numbers. Row i of every part is the same example."""
-
-    schema: Schema
-    sparse: tuple[Jagged, ...]
-    """In the order of ``schema.sparse_keys``."""
-    dense: tuple[Floats, ...]
-    """In the order of ``schema.dense_columns``: ``(rows,)``, or ``(rows, width)`` of a vector. Arrow's own memory where possible."""
-    labels: Floats
-    """``(rows, tasks)``."""
-    weights: Floats
-    """``(rows, tasks)``."""
-    metadata: pa.RecordBatch | None
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def rows(self, start: int, stop: int) -> EncodedRows:
-        """Rows ``start`` to ``stop``, as views."""
-        return replace(
-            self,
-            sparse=tuple(jagged.rows(start, stop) for jagged in self.sparse),
-            dense=tuple(column[start:stop] for column in self.dense),
-            labels=self.labels[start:stop],
-            weights=self.weights[start:stop],
-            metadata=None if self.metadata is None else self.metadata.slice(start, stop - start),
-        )
-
-    def take(self, order: Integers) -> EncodedRows:
-        """Rows in another order."""
-        return replace(
-            self,
-            sparse=tuple(jagged.take(order) for jagged in self.sparse),
-            dense=tuple(column[order] for column in self.dense),
-            labels=self.labels[order],
-            weights=self.weights[order],
-            metadata=None if self.metadata is None else self.metadata.take(pa.array(order)),
-        )
-
-
-def to_batch(parts: Sequence[EncodedRows], position: Position) -> Batch:
-    """Lays consecutive pieces of rows out as one batch, key-major."""
-    first = parts[0]
-    metadata = None
-    if first.metadata is not None:
-        metadata = pa.Table.from_batches([part.metadata for part in parts]).combine_chunks().to_batches()[0]
-    return Batch(
-        sparse=_sparse_features(parts),
-        dense=torch.from_numpy(_dense_matrix(parts)),
-        labels=torch.from_numpy(_joined([part.labels for part in parts])),
-        weights=torch.from_numpy(_joined([part.weights for part in parts])),
-        position=position,
-        metadata=metadata,
-    )
 
 
 def encode(rows: pa.RecordBatch, schema: Schema, *, with_metadata: bool = False) -> EncodedRows:
@@ -133,80 +33,6 @@ def encode(rows: pa.RecordBatch, schema: Schema, *, with_metadata: bool = False)
     metadata = rows.select(list(schema.metadata_columns)) if with_metadata else None
     dense = tuple(_encode_dense(rows, column, schema.features[column.name]) for column in schema.dense_columns)
     return EncodedRows(schema, sparse, dense, labels, weights, metadata)
-
-
-def check_columns(columns: pa.Schema, schema: Schema, place: str, *, with_metadata: bool = False) -> Iterator[MlenvError]:
-    """Yields an error for every column that is missing or whose type the schema does not accept."""
-    types = {field.name: field.type for field in columns}
-    names = dict.fromkeys((*schema.columns, *(schema.metadata_columns if with_metadata else ())))
-    for name in (name for name in names if name not in types):
-        fix = f"write the column, or take it out of the schema; {nearest(name, types)}"
-        yield DataError(f"{place}, column {name!r}", expected="a column of this name", received="none", fix=fix)
-    for column, expected, accepts in _expected_types(schema):
-        if column in types and not accepts(types[column]):
-            fix = "write the column with that type, or change the schema"
-            yield DataError(f"{place}, column {column!r}", expected=expected, received=str(types[column]), fix=fix)
-
-
-def _expected_types(schema: Schema) -> Iterator[tuple[str, str, Callable[[pa.DataType], bool]]]:
-    """For each column that is read: its name, what it should hold in words, and the test for it."""
-    for key in schema.sparse_keys:
-        is_id = pa.types.is_integer if key.storage == "int64" else _is_text
-        if key.group == "single":
-            yield key.column, key.storage, is_id
-        elif key.group == "weighted_bag":
-            yield key.column, f"map<{key.storage}, float> or list<struct<id: {key.storage}, weight: float>>", partial(_is_pairs, is_id)
-        else:
-            yield key.column, f"list<{key.storage}>", partial(_is_list, is_id)
-    for dense in schema.dense_columns:
-        feature = schema.features[dense.name]
-        if isinstance(feature, DenseVector):
-            yield dense.column, f"list<float> of {feature.dim}", partial(_is_list, _is_number)
-        elif isinstance(feature, Binary):
-            yield dense.column, "bool, or integers 0 and 1", _is_flag
-        else:
-            yield dense.column, "a number", _is_number
-    for task, label in schema.labels.items():
-        yield label.column or task, "a number 0 or 1, or bool", _is_number
-        if label.mask:
-            yield label.mask, "bool, or integers 0 and 1", _is_flag
-        if label.weight:
-            yield label.weight, "a number", _is_number
-
-
-def _is_number(kind: pa.DataType) -> bool:
-    return any(is_type(kind) for is_type in (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_decimal))
-
-
-def _is_flag(kind: pa.DataType) -> bool:
-    return any(is_type(kind) for is_type in (pa.types.is_boolean, pa.types.is_integer))
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    if pa.types.is_dictionary(kind):
-        return _is_text(kind.value_type)
-    return any(is_type(kind) for is_type in (pa.types.is_string, pa.types.is_large_string))
-
-
-def _is_list(is_element: Callable[[pa.DataType], bool], kind: pa.DataType) -> bool:
-    lists = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-    return lists and is_element(kind.value_type)
-
-
-def _is_pairs(is_id: Callable[[pa.DataType], bool], kind: pa.DataType) -> bool:
-    if pa.types.is_map(kind):
-        return is_id(kind.key_type) and _is_number(kind.item_type)
-    pair = kind.value_type if pa.types.is_list(kind) or pa.types.is_large_list(kind) else None
-    return (
-        pair is not None
-        and pa.types.is_struct(pair)
-        and pair.num_fields == 2
-        and is_id(pair.field(0).type)
-        and _is_number(pair.field(1).type)
-    )
-
-
-# Sparse features
 
 
 def _encode_key(column: pa.Array, key: SparseKey, table: Table) -> Jagged:
@@ -272,7 +98,7 @@ def _elements(column: pa.Array, max_length: int, keep: str) -> tuple[pa.Array, I
     if max_length and len(lengths) and lengths.max() > max_length:
         ends = np.cumsum(lengths)
         kept = np.minimum(lengths, max_length)
-        places, offsets = _ranges(ends - kept if keep == "last" else ends - lengths, kept)
+        places, offsets = ranges(ends - kept if keep == "last" else ends - lengths, kept)
         return column.flatten().take(pa.array(places)), offsets
     return column.flatten(), np.concatenate([[0], np.cumsum(lengths)])
 
@@ -307,15 +133,6 @@ def _list_lengths(column: pa.Array) -> Integers:
     """Elements per row; none in a null list."""
     lengths: Integers = pc.fill_null(pc.list_value_length(column), 0).cast(pa.int64()).to_numpy()
     return lengths
-
-
-def _ranges(starts: Integers, lengths: Integers) -> tuple[Integers, Integers]:
-    """Places of several ranges one after the other, and the offsets of the ranges in them."""
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    return np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths), offsets
-
-
-# Dense features, labels
 
 
 def _encode_dense(rows: pa.RecordBatch, column: DenseColumn, feature: Feature) -> Floats:
@@ -397,46 +214,3 @@ def _plain_type(ids: pa.Array) -> pa.DataType:
 
 def _plain(ids: pa.Array) -> pa.Array:
     return ids.cast(_plain_type(ids)) if pa.types.is_dictionary(ids.type) else ids
-
-
-# Batches
-
-
-def _sparse_features(parts: Sequence[EncodedRows]) -> SparseFeatures:
-    keys = parts[0].schema.sparse_keys
-    pieces = [[part.sparse[place] for part in parts] for place in range(len(keys))]
-    values = _joined([piece.values for key in pieces for piece in key]) if keys else np.empty(0, np.int64)
-    counts = tuple(sum(len(piece.values) for piece in key) for key in pieces)
-    rows = sum(len(part) for part in parts)
-    if all(piece.offsets is None for key in pieces for piece in key):
-        lengths = _single_lengths(len(keys) * rows)
-    else:
-        lengths = torch.from_numpy(_joined([piece.lengths(len(part)) for key in pieces for part, piece in zip(parts, key, strict=True)]))
-    weights = None
-    if any(key.group == "weighted_bag" for key in keys):
-        ones = (piece.weights if piece.weights is not None else np.ones(len(piece.values), np.float32) for key in pieces for piece in key)
-        weights = torch.from_numpy(_joined(list(ones)))
-    return SparseFeatures(tuple(key.name for key in keys), torch.from_numpy(values), lengths, counts, weights)
-
-
-def _dense_matrix(parts: Sequence[EncodedRows]) -> Floats:
-    """``(batch, num_dense)``, written once, column by column, while the columns of a batch are still in the cache."""
-    schema = parts[0].schema
-    dense = np.empty((sum(len(part) for part in parts), schema.num_dense), np.float32)
-    first = 0
-    for part in parts:
-        for column, values in zip(schema.dense_columns, part.dense, strict=True):
-            dense[first : first + len(part), column.start : column.start + column.width] = values.reshape(len(part), column.width)
-        first += len(part)
-    return dense
-
-
-@lru_cache(maxsize=8)
-def _single_lengths(bags: int) -> torch.Tensor:
-    """Lengths of bags with one id each; nobody writes to them, so batches share them."""
-    return torch.ones(bags, dtype=torch.int32)
-
-
-def _joined(arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:
-    """One array that owns its memory, so that a batch does not keep a whole window alive."""
-    return np.concatenate(arrays)

@@ -18,7 +18,9 @@ import pyarrow.parquet as pq
 
 from mlenv.batch import START, Batch, Position
 from mlenv.config import DataConfig, WindowConfig
-from mlenv.datasets.encoding import EncodedRows, RowError, check_columns, encode, to_batch
+from mlenv.datasets.columns import check_columns
+from mlenv.datasets.encoded_rows import EncodedRows, to_batch
+from mlenv.datasets.encoding import RowError, encode
 from mlenv.errors import ConfigError, DataError, Problems
 from mlenv.schema import Schema
 

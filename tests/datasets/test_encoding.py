@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from mlenv.batch import Position
-from mlenv.datasets.encoding import RowError, check_columns, encode, to_batch
+from mlenv.datasets.columns import check_columns
+from mlenv.datasets.encoded_rows import to_batch
+from mlenv.datasets.encoding import RowError, encode
 from mlenv.datasets.hashing import hash_ids
 from mlenv.schema import (
     Binary,

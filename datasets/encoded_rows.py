@@ -1,0 +1,156 @@
+"""Many examples as numbers, whose slices become Batches.
+
+Whole windows of rows are encoded at once, column by column, so that the cost of Python is paid per column and
+window; cutting a batch afterwards is a few contiguous copies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+
+from mlenv.batch import Batch, Position, SparseFeatures
+from mlenv.schema import Schema
+
+Integers = NDArray[np.int64]
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Jagged:
+    """Ids of one sparse key. Without offsets every bag holds exactly one id."""
+
+    values: Integers
+    offsets: Integers | None = None
+    """``(rows + 1,)``: bag i is ``values[offsets[i]:offsets[i + 1]]``."""
+    weights: Floats | None = None
+
+    def rows(self, start: int, stop: int) -> Jagged:
+        """Bags ``start`` to ``stop``, as views."""
+        if self.offsets is None:
+            return Jagged(self.values[start:stop])
+        first, last = self.offsets[start], self.offsets[stop]
+        weights = None if self.weights is None else self.weights[first:last]
+        return Jagged(self.values[first:last], self.offsets[start : stop + 1] - first, weights)
+
+    def take(self, order: Integers) -> Jagged:
+        """Bags in another order."""
+        if self.offsets is None:
+            return Jagged(self.values[order])
+        lengths = np.diff(self.offsets)[order]
+        places, offsets = ranges(self.offsets[order], lengths)
+        return Jagged(self.values[places], offsets, None if self.weights is None else self.weights[places])
+
+    def lengths(self, rows: int) -> NDArray[np.int32]:
+        """Ids per bag."""
+        return np.ones(rows, np.int32) if self.offsets is None else np.diff(self.offsets).astype(np.int32)
+
+
+@dataclass(frozen=True)
+class EncodedRows:
+    """Many examples as numbers. Row i of every part is the same example."""
+
+    schema: Schema
+    sparse: tuple[Jagged, ...]
+    """In the order of ``schema.sparse_keys``."""
+    dense: tuple[Floats, ...]
+    """In the order of ``schema.dense_columns``: ``(rows,)``, or ``(rows, width)`` of a vector. Arrow's own memory where possible."""
+    labels: Floats
+    """``(rows, tasks)``."""
+    weights: Floats
+    """``(rows, tasks)``."""
+    metadata: pa.RecordBatch | None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def rows(self, start: int, stop: int) -> EncodedRows:
+        """Rows ``start`` to ``stop``, as views."""
+        return replace(
+            self,
+            sparse=tuple(jagged.rows(start, stop) for jagged in self.sparse),
+            dense=tuple(column[start:stop] for column in self.dense),
+            labels=self.labels[start:stop],
+            weights=self.weights[start:stop],
+            metadata=None if self.metadata is None else self.metadata.slice(start, stop - start),
+        )
+
+    def take(self, order: Integers) -> EncodedRows:
+        """Rows in another order."""
+        return replace(
+            self,
+            sparse=tuple(jagged.take(order) for jagged in self.sparse),
+            dense=tuple(column[order] for column in self.dense),
+            labels=self.labels[order],
+            weights=self.weights[order],
+            metadata=None if self.metadata is None else self.metadata.take(pa.array(order)),
+        )
+
+
+def to_batch(parts: Sequence[EncodedRows], position: Position) -> Batch:
+    """Lays consecutive pieces of rows out as one batch, key-major."""
+    first = parts[0]
+    metadata = None
+    if first.metadata is not None:
+        metadata = pa.Table.from_batches([part.metadata for part in parts]).combine_chunks().to_batches()[0]
+    return Batch(
+        sparse=_sparse_features(parts),
+        dense=torch.from_numpy(_dense_matrix(parts)),
+        labels=torch.from_numpy(_joined([part.labels for part in parts])),
+        weights=torch.from_numpy(_joined([part.weights for part in parts])),
+        position=position,
+        metadata=metadata,
+    )
+
+
+def ranges(starts: Integers, lengths: Integers) -> tuple[Integers, Integers]:
+    """Places of several ranges one after the other, and the offsets of the ranges in them."""
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    return np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths), offsets
+
+
+def _sparse_features(parts: Sequence[EncodedRows]) -> SparseFeatures:
+    keys = parts[0].schema.sparse_keys
+    pieces = [[part.sparse[place] for part in parts] for place in range(len(keys))]
+    values = _joined([piece.values for key in pieces for piece in key]) if keys else np.empty(0, np.int64)
+    counts = tuple(sum(len(piece.values) for piece in key) for key in pieces)
+    rows = sum(len(part) for part in parts)
+    if all(piece.offsets is None for key in pieces for piece in key):
+        lengths = _single_lengths(len(keys) * rows)
+    else:
+        lengths = torch.from_numpy(_joined([piece.lengths(len(part)) for key in pieces for part, piece in zip(parts, key, strict=True)]))
+    weights = None
+    if any(key.group == "weighted_bag" for key in keys):
+        ones = (piece.weights if piece.weights is not None else np.ones(len(piece.values), np.float32) for key in pieces for piece in key)
+        weights = torch.from_numpy(_joined(list(ones)))
+    return SparseFeatures(tuple(key.name for key in keys), torch.from_numpy(values), lengths, counts, weights)
+
+
+def _dense_matrix(parts: Sequence[EncodedRows]) -> Floats:
+    """``(batch, num_dense)``, written once, column by column, while the columns of a batch are still in the cache."""
+    schema = parts[0].schema
+    dense = np.empty((sum(len(part) for part in parts), schema.num_dense), np.float32)
+    first = 0
+    for part in parts:
+        for column, values in zip(schema.dense_columns, part.dense, strict=True):
+            dense[first : first + len(part), column.start : column.start + column.width] = values.reshape(len(part), column.width)
+        first += len(part)
+    return dense
+
+
+@lru_cache(maxsize=8)
+def _single_lengths(bags: int) -> torch.Tensor:
+    """Lengths of bags with one id each; nobody writes to them, so batches share them."""
+    return torch.ones(bags, dtype=torch.int32)
+
+
+def _joined(arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    """One array that owns its memory, so that a batch does not keep a whole window alive."""
+    return np.concatenate(arrays)
