@@ -176,7 +176,9 @@ def _compose(options: argparse.Namespace) -> ExperimentConfig:
 
 def _show(config: ExperimentConfig) -> int:
     from mlenv.composition import to_yaml
+    from mlenv.modules.model_check import check_model
 
+    check_model(config.model, config.schema)
     print(to_yaml(config), end="")
     return DONE
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import importlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Self
 
@@ -54,6 +55,15 @@ def nearest(name: str, candidates: Iterable[str]) -> str:
     if match:
         return f"did you mean {match[0]!r}"
     return f"known names: {', '.join(known)}" if known else "no names are known here"
+
+
+@contextmanager
+def placed_under(prefix: str) -> Iterator[None]:
+    """Errors raised inside name their key from further out: ``num_heads`` becomes ``model.crossing.num_heads``."""
+    try:
+        yield
+    except PlacedError as error:
+        raise error.under(prefix) from error
 
 
 def check_at_least(key: str, value: float, least: float) -> None:

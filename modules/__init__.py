@@ -1,37 +1,88 @@
 """Torch modules that ranking models are made of."""
 
 from mlenv.modules.cross_net import CrossNet, CrossNetConfig
+from mlenv.modules.crossing_stack import CrossingEnsemble, CrossingEnsembleConfig, CrossingStack, CrossingStackConfig
+from mlenv.modules.crossings import CROSSINGS, CrossingConfig
+from mlenv.modules.dot_interaction import DotInteraction, DotInteractionConfig
 from mlenv.modules.embeddings import ENGINES, EmbeddedFeatures, EmbeddedSequence, Embeddings, TorchEmbeddings, TorchRecEmbeddings
+from mlenv.modules.entire_space_heads import EntireSpaceHeads
+from mlenv.modules.experts import ExpertGates, ExpertNetworks
+from mlenv.modules.factorization_machine import FactorizationMachine, FactorizationMachineConfig
+from mlenv.modules.field_attention import AutoInt, AutoIntConfig, FieldTransformer, FieldTransformerConfig
 from mlenv.modules.field_tokens import FieldTokens
+from mlenv.modules.final_mlp import FinalMLP, FinalMLPConfig
+from mlenv.modules.gated_cross_net import GatedCrossNet, GatedCrossNetConfig
 from mlenv.modules.heads import TaskHeads
+from mlenv.modules.hstu import HSTU, HSTUConfig
 from mlenv.modules.losses import weighted_binary_cross_entropy
+from mlenv.modules.low_rank_cross_net import LowRankCrossNet, LowRankCrossNetConfig
+from mlenv.modules.masknet import MaskNet, MaskNetConfig
 from mlenv.modules.mean_pooling import MeanPooling, MeanPoolingConfig
 from mlenv.modules.mlp import MLP, MLPConfig
+from mlenv.modules.mmoe import MMoE, MMoEConfig
 from mlenv.modules.normalization import NumericNormalization
+from mlenv.modules.progressive_experts import ProgressiveExperts, ProgressiveExpertsConfig
 from mlenv.modules.ranker import Ranker, RankerConfig
 from mlenv.modules.representation import Representation
 from mlenv.modules.shared_bottom import SharedBottom, SharedBottomConfig
+from mlenv.modules.target_attention import TargetAttention, TargetAttentionConfig
+from mlenv.modules.trans_act import TransAct, TransActConfig
 
 __all__ = [
+    "CROSSINGS",
     "ENGINES",
+    "HSTU",
     "MLP",
+    "AutoInt",
+    "AutoIntConfig",
     "CrossNet",
     "CrossNetConfig",
+    "CrossingConfig",
+    "CrossingEnsemble",
+    "CrossingEnsembleConfig",
+    "CrossingStack",
+    "CrossingStackConfig",
+    "DotInteraction",
+    "DotInteractionConfig",
     "EmbeddedFeatures",
     "EmbeddedSequence",
     "Embeddings",
+    "EntireSpaceHeads",
+    "ExpertGates",
+    "ExpertNetworks",
+    "FactorizationMachine",
+    "FactorizationMachineConfig",
     "FieldTokens",
+    "FieldTransformer",
+    "FieldTransformerConfig",
+    "FinalMLP",
+    "FinalMLPConfig",
+    "GatedCrossNet",
+    "GatedCrossNetConfig",
+    "HSTUConfig",
+    "LowRankCrossNet",
+    "LowRankCrossNetConfig",
     "MLPConfig",
+    "MMoE",
+    "MMoEConfig",
+    "MaskNet",
+    "MaskNetConfig",
     "MeanPooling",
     "MeanPoolingConfig",
     "NumericNormalization",
+    "ProgressiveExperts",
+    "ProgressiveExpertsConfig",
     "Ranker",
     "RankerConfig",
     "Representation",
     "SharedBottom",
     "SharedBottomConfig",
+    "TargetAttention",
+    "TargetAttentionConfig",
     "TaskHeads",
     "TorchEmbeddings",
     "TorchRecEmbeddings",
+    "TransAct",
+    "TransActConfig",
     "weighted_binary_cross_entropy",
 ]

@@ -199,7 +199,7 @@ def fill_initial_rows(rows: Tensor, first_row: int, table: str, std: float, seed
 
 def rows_of_bags(lengths: Tensor, total: int) -> Tensor:
     """The example of every id: ``[2, 0, 1]`` gives ``[0, 0, 2]``. ``total`` is the sum of the lengths, known on the host."""
-    examples = torch.arange(len(lengths), device=lengths.device)
+    examples = torch.arange(lengths.shape[0], device=lengths.device)  # len() would fix the batch size of an export
     return torch.repeat_interleave(examples, lengths, output_size=total)
 
 

@@ -24,7 +24,7 @@ class FieldTokens(nn.Module):
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
         for dim, count in [] if self.is_view else self.runs:
             self.weights.append(nn.Parameter(torch.randn(count, dim, token_dim) * dim**-0.5))
-            self.biases.append(nn.Parameter(torch.zeros(count, token_dim)))
+            self.biases.append(nn.Parameter(torch.zeros(count * token_dim)))  # flat: decay is for matrices
 
     def forward(self, inputs: Tensor) -> Tensor:
         """
@@ -39,5 +39,5 @@ class FieldTokens(nn.Module):
         tokens = []
         pieces = torch.split(inputs, [dim * count for dim, count in self.runs], dim=1)
         for (dim, count), piece, weight, bias in zip(self.runs, pieces, self.weights, self.biases, strict=True):
-            tokens.append(torch.einsum("bfd,fdt->bft", piece.view(-1, count, dim), weight) + bias)
+            tokens.append(torch.einsum("bfd,fdt->bft", piece.view(-1, count, dim), weight) + bias.view(count, -1))
         return torch.cat(tokens, dim=1)

@@ -39,6 +39,6 @@ class MeanPooling(nn.Module):
             ``(batch, event_dim + 1)``; an empty sequence is zeros.
         """
         values, lengths = sequence.values, sequence.lengths
-        total = values.new_zeros(len(lengths), values.shape[1]).index_add(0, rows_of_bags(lengths, len(values)), values)
+        total = values.new_zeros(lengths.shape[0], values.shape[1]).index_add(0, rows_of_bags(lengths, values.shape[0]), values)
         counts = lengths.to(values.dtype).unsqueeze(1)
         return torch.cat([total / counts.clamp(min=1), counts.log1p()], dim=1)

@@ -10,20 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from mlenv.batch import Batch
+from mlenv.errors import ConfigError, placed_under
 from mlenv.kinds import kind_field
 from mlenv.modules.cross_net import CrossNetConfig
+from mlenv.modules.crossings import CROSSINGS, CrossingConfig
 from mlenv.modules.embeddings import Embeddings
+from mlenv.modules.entire_space_heads import EntireSpaceHeads
 from mlenv.modules.heads import TaskHeads
 from mlenv.modules.mlp import MLPConfig, check_dropout
 from mlenv.modules.representation import SEQUENCES, Representation, SequenceConfig
 from mlenv.modules.shared_bottom import SharedBottomConfig
 from mlenv.schema import Schema
-
-
-class CrossingConfig(Protocol):
-    """Builds a module ``(batch, sum of field_dims) -> (batch, output_dim)`` with an attribute ``output_dim``."""
-
-    def build(self, field_dims: Sequence[int]) -> nn.Module: ...
 
 
 class ExpertsConfig(Protocol):
@@ -32,10 +29,11 @@ class ExpertsConfig(Protocol):
     def build(self, input_dim: int, tasks: Sequence[str]) -> nn.Module: ...
 
 
-CROSSINGS: dict[str, type | str] = {"cross_net": CrossNetConfig}
-"""Crossings by the name that ``model.crossing.kind`` takes."""
-
-EXPERTS: dict[str, type | str] = {"shared_bottom": SharedBottomConfig}
+EXPERTS: dict[str, type | str] = {
+    "mmoe": "mlenv.modules.mmoe:MMoEConfig",
+    "ple": "mlenv.modules.progressive_experts:ProgressiveExpertsConfig",
+    "shared_bottom": SharedBottomConfig,
+}
 """What tasks share, by the name that ``model.experts.kind`` takes."""
 
 
@@ -53,6 +51,8 @@ class RankerConfig:
     """What the tasks share between the interactions and their heads."""
     heads: MLPConfig = field(default_factory=lambda: MLPConfig(hidden=(64,)))
     """Hidden layers of each task's own network."""
+    entire_space: dict[str, str] = field(default_factory=dict)
+    """ESMM: the earlier task that a task can only follow, such as ``conversion: click``; its label must not be masked by that task."""
     input_dropout: float = 0.0
     """Share of the representation that a training step hides."""
 
@@ -60,7 +60,8 @@ class RankerConfig:
         check_dropout("input_dropout", self.input_dropout)
 
     def build(self, schema: Schema, embeddings: Embeddings) -> Ranker:
-        return Ranker(self, schema, embeddings)
+        with placed_under("model"):
+            return Ranker(self, schema, embeddings)
 
 
 class Ranker(nn.Module):
@@ -71,10 +72,19 @@ class Ranker(nn.Module):
         self.representation = Representation(schema, embeddings, config.sequences)
         self.dropout = nn.Dropout(config.input_dropout)
         self.deep = config.deep.build(self.representation.output_dim)
-        self.crossing = None if config.crossing is None else config.crossing.build(self.representation.field_dims)
+        with placed_under("crossing"):
+            self.crossing = None if config.crossing is None else config.crossing.build(self.representation.field_dims)
         crossed_dim = 0 if self.crossing is None else int(self.crossing.output_dim)  # type: ignore[arg-type]
-        self.experts = config.experts.build(self.deep.output_dim + crossed_dim, schema.tasks)
-        self.heads = TaskHeads(config.heads, int(self.experts.output_dim), schema.tasks)  # type: ignore[arg-type]
+        with placed_under("experts"):
+            self.experts = config.experts.build(self.deep.output_dim + crossed_dim, schema.tasks)
+        heads = TaskHeads(config.heads, int(self.experts.output_dim), schema.tasks)  # type: ignore[arg-type]
+        self.heads = EntireSpaceHeads(heads, schema.tasks, config.entire_space) if config.entire_space else heads
+        for task, earlier in config.entire_space.items():
+            if schema.labels[task].mask == (schema.labels[earlier].column or earlier):
+                fix = f"set schema.labels.{task}.mask to '', so that it learns from all rows, or take the task out here"
+                raise ConfigError(
+                    f"entire_space.{task}", expected="a task whose label is not masked by the earlier one", received=earlier, fix=fix
+                )
 
     def forward(self, batch: Batch) -> Tensor:
         """

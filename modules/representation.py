@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mlenv.batch import Batch
-from mlenv.errors import ConfigError, nearest
+from mlenv.errors import ConfigError, nearest, placed_under
 from mlenv.modules.embeddings import Embeddings
 from mlenv.modules.mean_pooling import MeanPoolingConfig
 from mlenv.modules.normalization import NumericNormalization
@@ -29,7 +29,12 @@ class SequenceConfig(Protocol):
     def build(self, event_dim: int, candidate_dim: int) -> nn.Module: ...
 
 
-SEQUENCES: dict[str, type | str] = {"mean": MeanPoolingConfig}
+SEQUENCES: dict[str, type | str] = {
+    "din": "mlenv.modules.target_attention:TargetAttentionConfig",
+    "hstu": "mlenv.modules.hstu:HSTUConfig",
+    "mean": MeanPoolingConfig,
+    "trans_act": "mlenv.modules.trans_act:TransActConfig",
+}
 """Encoders of a sequence by the name that ``model.sequences.FEATURE.kind`` takes."""
 
 
@@ -54,19 +59,18 @@ class Representation(nn.Module):
         }
         configs = dict(sequences or {})
         for name in configs.keys() - layout.sequence_dims.keys():
-            raise ConfigError(
-                f"model.sequences.{name}", expected="a sequence feature", received=name, fix=nearest(name, layout.sequence_dims)
-            )
+            raise ConfigError(f"sequences.{name}", expected="a sequence feature", received=name, fix=nearest(name, layout.sequence_dims))
         self.encoders = nn.ModuleDict()
         self._candidates: dict[str, tuple[str, ...]] = {}
         for name, event_dim in layout.sequence_dims.items():
             config = configs.get(name, MeanPoolingConfig())
             for feature in (feature for feature in config.candidate if feature not in self._columns):
-                key, fix = f"model.sequences.{name}.candidate", nearest(feature, self._columns)
+                key, fix = f"sequences.{name}.candidate", nearest(feature, self._columns)
                 raise ConfigError(key, expected="features with an embedding table", received=feature, fix=fix)
             self._candidates[name] = config.candidate
             candidate_dim = sum(self._columns[feature].stop - self._columns[feature].start for feature in config.candidate)
-            self.encoders[name] = config.build(event_dim, candidate_dim)
+            with placed_under(f"sequences.{name}"):
+                self.encoders[name] = config.build(event_dim, candidate_dim)
         encoded_dims = [int(encoder.output_dim) for encoder in self.encoders.values()]  # type: ignore[arg-type]
         self.field_dims = (*layout.pooled_dims, *encoded_dims, *(column.width for column in schema.dense_columns))
         """Width of each field of the output: ids, sequences, numbers."""

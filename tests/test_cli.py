@@ -42,6 +42,25 @@ def test_dry_run_prints_a_config_that_composes_to_itself(demo_arguments, capsys,
     assert not (tmp_path / "run of a test").exists()
 
 
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        (
+            "model.crossing={kind: transformer, token_dim: 16, num_heads: 3}",
+            "model.crossing.num_heads: expected a divisor of token_dim = 16",
+        ),
+        (
+            "model.sequences.history={kind: din, candidate: [itm_id]}",
+            "model.sequences.history.candidate: expected features with an embedding",
+        ),
+        ("model.entire_space.conversion=clic", "model.entire_space.conversion: expected a task of schema.labels. Received: 'clic'"),
+        ("model.experts={kind: mmoe, num_experts: 0}", "model.experts.num_experts: expected a number >= 1. Received: 0"),
+    ],
+)
+def test_a_model_that_cannot_be_built_is_refused_by_a_dry_run(demo_arguments, refuse, setting, message):
+    assert message in refuse("train", *demo_arguments(setting), "--dry-run")
+
+
 def test_train_evaluate_and_predict(demo_arguments, capsys, tmp_path):
     output = tmp_path / "run of a test"
     assert main(["train", *demo_arguments("loop.max_steps=30")]) == DONE

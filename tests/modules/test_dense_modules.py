@@ -105,7 +105,7 @@ def test_field_tokens_are_a_view_or_a_map_per_field():
     mixed = FieldTokens((2, 2, 1, 1), 3)
     result = mixed(inputs)
     assert result.shape == (2, 4, 3)
-    weights, biases = [*mixed.weights[0], *mixed.weights[1]], [*mixed.biases[0], *mixed.biases[1]]
+    weights, biases = [*mixed.weights[0], *mixed.weights[1]], [*mixed.biases[0].view(2, 3), *mixed.biases[1].view(2, 3)]
     for place, field in enumerate(inputs.split([2, 2, 1, 1], dim=1)):
         torch.testing.assert_close(result[:, place], field @ weights[place] + biases[place])
 
