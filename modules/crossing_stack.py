@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mlenv.errors import ConfigError, PlacedError
+from mlenv.errors import ConfigError, placed_under
 from mlenv.kinds import kind_field
 from mlenv.modules.crossings import CROSSINGS, CrossingConfig
 
@@ -88,10 +88,8 @@ class CrossingEnsemble(nn.Module):
 
 
 def _build(crossing: CrossingConfig, field_dims: Sequence[int], place: int) -> nn.Module:
-    try:
+    with placed_under(f"crossings[{place}]"):
         return crossing.build(field_dims)
-    except PlacedError as error:
-        raise error.under(f"crossings[{place}]") from None
 
 
 def _check_not_empty(crossings: Sequence[CrossingConfig]) -> None:

@@ -133,7 +133,7 @@ class AutoInt(nn.Module):
         self.num_heads = config.num_heads
         self.tokens = FieldTokens(field_dims, config.token_dim)
         widths = [config.token_dim] + [config.attention_dim] * (config.num_layers - 1)
-        # One matrix per layer for W_q, W_k, W_v and W_r: one large product is faster than four small ones.
+        # W_q, W_k, W_v and W_r of a layer, one over the other.
         self.layers = nn.ModuleList(nn.Linear(width, 4 * config.attention_dim, bias=False) for width in widths)
         self.output_dim = len(field_dims) * config.attention_dim
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from mlenv.errors import check_at_least
@@ -34,9 +33,8 @@ class GatedCrossNet(nn.Module):
 
     def __init__(self, config: GatedCrossNetConfig, input_dim: int) -> None:
         super().__init__()
-        # W_c over W_g: one large product is faster than two.
-        self.layers = nn.ModuleList(nn.Linear(input_dim, 2 * input_dim, bias=False) for _ in range(config.num_layers))
-        self.biases = nn.Parameter(torch.zeros(config.num_layers, input_dim))
+        self.crosses = nn.ModuleList(nn.Linear(input_dim, input_dim) for _ in range(config.num_layers))
+        self.gates = nn.ModuleList(nn.Linear(input_dim, input_dim, bias=False) for _ in range(config.num_layers))
         self.output_dim = input_dim
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -48,7 +46,6 @@ class GatedCrossNet(nn.Module):
             ``(batch, input_dim)``.
         """
         crossed = inputs
-        for layer, bias in zip(self.layers, self.biases, strict=True):
-            cross, gate = layer(crossed).chunk(2, dim=1)
-            crossed = inputs * (cross + bias) * gate.sigmoid() + crossed
+        for cross, gate in zip(self.crosses, self.gates, strict=True):
+            crossed = inputs * cross(crossed) * gate(crossed).sigmoid() + crossed
         return crossed
