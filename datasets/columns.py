@@ -42,12 +42,20 @@ def _expected_types(schema: Schema) -> Iterator[tuple[str, str, Callable[[pa.Dat
             yield dense.column, "bool, or integers 0 and 1", _is_flag
         else:
             yield dense.column, "a number", _is_number
+    for name in (*schema.row_key, schema.request, schema.event_time, *schema.segments):
+        yield name, "a plain value, no list or map", _is_plain
     for task, label in schema.labels.items():
+        if label.truth:
+            yield label.truth, "a probability", _is_number
         yield label.column or task, "a number 0 or 1, or bool", _is_number
         if label.mask:
             yield label.mask, "bool, or integers 0 and 1", _is_flag
         if label.weight:
             yield label.weight, "a number", _is_number
+
+
+def _is_plain(kind: pa.DataType) -> bool:
+    return not pa.types.is_nested(kind)
 
 
 def _is_number(kind: pa.DataType) -> bool:

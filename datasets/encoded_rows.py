@@ -94,12 +94,41 @@ class EncodedRows:
         )
 
 
+def join(parts: Sequence[EncodedRows]) -> EncodedRows:
+    """Rows of several pieces one after the other; their metadata have the same types."""
+    if len(parts) == 1:
+        return parts[0]
+    first, sizes = parts[0], [len(part) for part in parts]
+    metadata = None if first.metadata is None else _one_batch([part.metadata for part in parts])
+    return replace(
+        first,
+        sparse=tuple(_join_jagged(pieces, sizes) for pieces in zip(*(part.sparse for part in parts), strict=True)),
+        dense=tuple(_joined(columns) for columns in zip(*(part.dense for part in parts), strict=True)),
+        labels=_joined([part.labels for part in parts]),
+        weights=_joined([part.weights for part in parts]),
+        metadata=metadata,
+    )
+
+
+def _join_jagged(pieces: Sequence[Jagged], sizes: Sequence[int]) -> Jagged:
+    values = _joined([piece.values for piece in pieces])
+    if all(piece.offsets is None for piece in pieces):
+        return Jagged(values)
+    ends = np.cumsum(_joined([piece.lengths(size) for piece, size in zip(pieces, sizes, strict=True)]), dtype=np.int64)
+    weights = [piece.weights for piece in pieces if piece.weights is not None]
+    return Jagged(values, np.concatenate([[0], ends]), _joined(weights) if weights else None)
+
+
+def _one_batch(batches: Sequence[pa.RecordBatch]) -> pa.RecordBatch:
+    return pa.RecordBatch.from_struct_array(pa.concat_arrays([batch.to_struct_array() for batch in batches]))
+
+
 def to_batch(parts: Sequence[EncodedRows], position: Position) -> Batch:
     """Lays consecutive pieces of rows out as one batch, key-major."""
     first = parts[0]
     metadata = None
     if first.metadata is not None:
-        metadata = pa.Table.from_batches([part.metadata for part in parts]).combine_chunks().to_batches()[0]
+        metadata = _one_batch([part.metadata for part in parts])
     return Batch(
         sparse=_sparse_features(parts),
         dense=torch.from_numpy(_dense_matrix(parts)),

@@ -43,6 +43,9 @@ def _encode_key(column: pa.Array, key: SparseKey, table: Table) -> Jagged:
     if key.group == "weighted_bag":
         elements, column_of_weights = elements.flatten()  # a null pair makes both of its parts null
         weights = _floats(column_of_weights, default=0.0)
+        if not np.isfinite(weights).all():
+            row = int(np.searchsorted(offsets, int(np.argmin(np.isfinite(weights))), side="right")) - 1
+            raise RowError(row, key.column, expected="finite weights", received=str(weights[~np.isfinite(weights)][0]))
     if elements.null_count:
         elements, offsets, weights = _without_nulls(elements, offsets, weights, key)
     values = _table_rows(elements, key, table, lambda place: int(np.searchsorted(offsets, place, side="right")) - 1)
@@ -174,9 +177,10 @@ def _encode_labels(rows: pa.RecordBatch, schema: Schema) -> tuple[Floats, Floats
     weights = np.empty_like(labels)
     for place, (task, label) in enumerate(schema.labels.items()):
         weight = _floats(rows.column(label.weight), default=np.nan) if label.weight else np.ones(rows.num_rows, np.float32)
-        if label.weight and not (weight >= 0).all():
-            row = int(np.argmin(weight >= 0))
-            raise RowError(row, label.weight, expected="a weight >= 0", received=rows.column(label.weight)[row].as_py())
+        usable = (weight >= 0) & np.isfinite(weight)
+        if label.weight and not usable.all():
+            row = int(np.argmin(usable))
+            raise RowError(row, label.weight, expected="a finite weight >= 0", received=rows.column(label.weight)[row].as_py())
         if label.mask:
             weight = weight * _flags(rows.column(label.mask), label.mask, default=False)
         name = label.column or task

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from mlenv.batch import START, Batch, Position
 from mlenv.config import DataConfig, WindowConfig
 from mlenv.datasets.columns import check_columns
-from mlenv.datasets.encoded_rows import EncodedRows, to_batch
+from mlenv.datasets.encoded_rows import EncodedRows, join, to_batch
 from mlenv.datasets.encoding import RowError, encode
 from mlenv.errors import ConfigError, DataError, Problems
 from mlenv.schema import Schema
@@ -162,16 +162,18 @@ class ParquetSource:
         return windows
 
     def _encode_window(self, epoch: int, window: int, groups: list[RowGroup]) -> EncodedRows:
-        columns = (*self.schema.columns, *(self.schema.metadata_columns if self._with_metadata else ()))
-        tables = [pa.Table.from_batches([self._read(group, tuple(dict.fromkeys(columns)))]) for group in groups]
-        joined = pa.concat_tables(tables, promote_options="permissive").combine_chunks().to_batches()[0]
-        try:
-            rows = encode(joined, self.schema, with_metadata=self._with_metadata)
-        except RowError as error:
-            raise self._placed(error, groups) from error
+        rows = join([self._encode_group(group) for group in groups])
         if not self._shuffle:
             return rows
         return rows.take(np.random.default_rng([self._seed, epoch, window, self._rank]).permutation(len(rows)))
+
+    def _encode_group(self, group: RowGroup) -> EncodedRows:
+        columns = (*self.schema.columns, *(self.schema.metadata_columns if self._with_metadata else ()))
+        try:
+            return encode(self._read(group, tuple(dict.fromkeys(columns))), self.schema, with_metadata=self._with_metadata)
+        except RowError as error:
+            place = f"{group.file}, row group {group.index}, row {error.row}, column {error.column!r}"
+            raise DataError(place, expected=error.expected, received=error.received, fix=error.fix) from error
 
     def _read(self, group: RowGroup, columns: tuple[str, ...]) -> pa.RecordBatch:
         partitions = self._partitions(group.file)
@@ -186,17 +188,15 @@ class ParquetSource:
             ) from error
         for column in (column for column in columns if column in partitions):
             table = table.append_column(column, pa.array([partitions[column]] * group.num_rows))
-        return table.select(list(columns)).combine_chunks().to_batches()[0]
-
-    def _placed(self, error: RowError, groups: list[RowGroup]) -> DataError:
-        """Says in which file and row group the row of a window lies."""
-        row = error.row
-        for group in groups:
-            if row < group.num_rows:
-                place = f"{group.file}, row group {group.index}, row {row}, column {error.column!r}"
-                return DataError(place, expected=error.expected, received=error.received, fix=error.fix)
-            row -= group.num_rows
-        raise AssertionError("a row outside its window") from error
+        table = table.select(list(columns))
+        if self._with_metadata:  # files may store them differently, and predictions have one type a column
+            types = (self._metadata_types.get(field.name, field.type) for field in table.schema)
+            table = table.cast(pa.schema(list(zip(columns, types, strict=True))))
+        batches = table.combine_chunks().to_batches()
+        if len(batches) > 1:
+            fix = "write smaller row groups"
+            raise DataError(f"{group.file}, row group {group.index}", expected="columns of less than 2 GiB", received="more", fix=fix)
+        return batches[0]
 
     def _read_footers(self, window: WindowConfig) -> dict[str, pq.FileMetaData]:
         """Footers of the files of the window, in the order of their paths.
@@ -220,7 +220,29 @@ class ParquetSource:
         ]
         if problems:
             raise Problems(f"data under {self._root}", problems)
+        self._metadata_types = self._common_types(footers)
         return footers
+
+    def _common_types(self, footers: dict[str, pq.FileMetaData]) -> dict[str, pa.DataType]:
+        """One type for each pass-through column over all files.
+
+        Raises:
+            DataError: names the column and the file that does not go with the others.
+        """
+        common: dict[str, pa.DataType] = {}
+        names = self.schema.metadata_columns if self._with_metadata else ()
+        for file, footer in footers.items():
+            columns = self._columns(file, footer)
+            for name in names:
+                found = columns.field(name).type
+                found = found.value_type if pa.types.is_dictionary(found) else found
+                try:
+                    schemas = [pa.schema([(name, kind)]) for kind in (common.get(name, found), found)]
+                    common[name] = pa.unify_schemas(schemas, promote_options="permissive").field(name).type
+                except pa.ArrowException as error:
+                    fix = "write the column with one type in all files"
+                    raise DataError(f"{file}, column {name!r}", expected=str(common[name]), received=str(found), fix=fix) from error
+        return common
 
     def _partitions(self, file: str) -> dict[str, str]:
         """Keys and values of the folders ``key=value`` that a file lies in; they act as text columns."""
@@ -239,7 +261,12 @@ class ParquetSource:
         if info.type == pyarrow.fs.FileType.File:
             return [self._root]
         selector = pyarrow.fs.FileSelector(self._root, recursive=True)
-        return sorted(entry.path for entry in self._filesystem.get_file_info(selector) if entry.is_file and entry.path.endswith(".parquet"))
+        files = (entry.path for entry in self._filesystem.get_file_info(selector) if entry.is_file and entry.path.endswith(".parquet"))
+        return sorted(file for file in files if not self._is_hidden(file))
+
+    def _is_hidden(self, file: str) -> bool:
+        """Whether a name on the way begins as those of unfinished output do: ``_temporary``, ``.part``."""
+        return any(part.startswith(("_", ".")) for part in PurePosixPath(file).relative_to(self._data).parts)
 
     def _read_footer(self, file: str) -> pq.FileMetaData:
         try:

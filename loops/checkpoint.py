@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -29,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 _PREFIX = "step-"
+_NAME = re.compile(_PREFIX + r"\d{8}")
 
 
 def save_checkpoint(folder: Path, step: int, tensors: Mapping[str, Any], documents: Mapping[str, str], keep: int) -> Path:
@@ -42,25 +44,34 @@ def save_checkpoint(folder: Path, step: int, tensors: Mapping[str, Any], documen
     temporary = folder / f".{final.name}.part"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch warns of its own single-process mode
-        save(
-            dict(tensors),
-            storage_writer=HuggingFaceStorageWriter(str(temporary), save_distributed=True),
-            no_dist=not torch.distributed.is_initialized(),
-        )
-    for name, text in documents.items():
-        (temporary / name).write_text(text)
-    manifest = {file.name: {"bytes": file.stat().st_size, "xxh3_128": _checksum(file)} for file in sorted(temporary.iterdir())}
-    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2))
-    for path in (*temporary.iterdir(), temporary):
-        _sync(path)
+    try:
+        _write(temporary, tensors, documents)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)  # on a full disk it would be in the way of the next try
+        raise
     shutil.rmtree(final, ignore_errors=True)
     temporary.rename(final)
     _sync(folder)
     for old in list_checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
     return final
+
+
+def _write(folder: Path, tensors: Mapping[str, Any], documents: Mapping[str, str]) -> None:
+    """Fills a folder with tensors, documents and their manifest, and waits until all of it is on the disk."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of its own single-process mode
+        save(
+            dict(tensors),
+            storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True),
+            no_dist=not torch.distributed.is_initialized(),
+        )
+    for name, text in documents.items():
+        (folder / name).write_text(text)
+    manifest = {file.name: {"bytes": file.stat().st_size, "xxh3_128": _checksum(file)} for file in sorted(folder.iterdir())}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2))
+    for path in (*folder.iterdir(), folder):
+        _sync(path)
 
 
 def load_tensors(checkpoint: Path, tensors: Mapping[str, Any]) -> None:
@@ -89,7 +100,7 @@ def load_tensors(checkpoint: Path, tensors: Mapping[str, Any]) -> None:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Finished checkpoints, oldest first."""
-    return sorted(path for path in folder.glob(f"{_PREFIX}*") if path.is_dir())
+    return sorted(path for path in folder.glob(f"{_PREFIX}*") if path.is_dir() and _NAME.fullmatch(path.name))
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -121,20 +132,22 @@ def verify(checkpoint: Path) -> None:
     """
     fix = "remove the checkpoint; an older one or a new training takes its place"
     try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
+        manifest = {name: (entry["bytes"], entry["xxh3_128"]) for name, entry in json.loads((checkpoint / MANIFEST).read_text()).items()}
+        if not manifest:
+            raise ValueError("it names no files")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(
             str(checkpoint / MANIFEST), expected="the manifest of the checkpoint", received=str(error), fix=fix
         ) from error
-    for name, entry in manifest.items():
+    for name, (expected_bytes, expected_checksum) in manifest.items():
         file = checkpoint / name
         size = file.stat().st_size if file.is_file() else None
-        if size != entry["bytes"]:
+        if size != expected_bytes:
             raise CheckpointError(
-                str(file), expected=f"{entry['bytes']} bytes", received="no file" if size is None else f"{size} bytes", fix=fix
+                str(file), expected=f"{expected_bytes} bytes", received="no file" if size is None else f"{size} bytes", fix=fix
             )
-        if (checksum := _checksum(file)) != entry["xxh3_128"]:
-            raise CheckpointError(str(file), expected=f"checksum {entry['xxh3_128']}", received=checksum, fix=fix)
+        if (checksum := _checksum(file)) != expected_checksum:
+            raise CheckpointError(str(file), expected=f"checksum {expected_checksum}", received=checksum, fix=fix)
 
 
 def _checksum(file: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from mlenv.batch import Batch
 from mlenv.errors import ConfigError
+
+_FILE = "part-00000.parquet"
 
 
 class PredictionWriter:
@@ -29,11 +32,13 @@ class PredictionWriter:
             raise ConfigError(
                 str(folder), expected="a folder whose parent exists", received=f"no folder {folder.parent}", fix=f"mkdir -p {folder.parent}"
             )
-        if folder.exists() and (not folder.is_dir() or any(not file.name.endswith(".parquet") for file in folder.iterdir())):
+        folder = folder.resolve()
+        if folder.exists() and not _holds_predictions(folder):
             raise ConfigError(
                 str(folder), expected="a new folder, or one of predictions", received="other files", fix="name another folder"
             )
-        self._folder, self._temporary, self._tasks = folder, folder.with_name(f".{folder.name}.part"), tasks
+        # The process id keeps two commands that write the same folder apart; the later one wins.
+        self._folder, self._temporary, self._tasks = folder, folder.with_name(f".{folder.name}.{os.getpid()}.part"), tasks
         self._writer: pq.ParquetWriter | None = None
         self.num_rows = 0
 
@@ -45,7 +50,7 @@ class PredictionWriter:
                 columns[f"{name}_{task}"] = pa.array(values[:, place].float().cpu().numpy())
         rows = pa.RecordBatch.from_pydict(columns)
         if self._writer is None:
-            self._writer = pq.ParquetWriter(self._temporary / "part-00000.parquet", rows.schema, compression="zstd")
+            self._writer = pq.ParquetWriter(self._temporary / _FILE, rows.schema, compression="zstd")
         self._writer.write_batch(rows)
         self.num_rows += len(batch)
 
@@ -62,3 +67,11 @@ class PredictionWriter:
             self._temporary.rename(self._folder)
         else:
             shutil.rmtree(self._temporary, ignore_errors=True)
+
+
+def _holds_predictions(folder: Path) -> bool:
+    """Whether a folder is empty or was written by this class, so that replacing it loses nothing of a user's."""
+    if not folder.is_dir():
+        return False
+    files = list(folder.iterdir())
+    return all(file.name == _FILE and any(name.startswith("prediction_") for name in pq.read_schema(file).names) for file in files)

@@ -11,6 +11,7 @@ from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 from mlenv.batch import Batch, Position
+from mlenv.errors import ConfigError
 from mlenv.loops.learning_rate import LinearDecay
 from mlenv.modules.losses import weighted_binary_cross_entropy
 
@@ -74,6 +75,9 @@ class EagerStep:
                 self._fused.step()
         with self._fabric.autocast():
             logits = self._model(batch)
+        if logits.shape != batch.labels.shape:
+            expected = f"logits of shape (batch, tasks) = {tuple(batch.labels.shape)}"
+            raise ConfigError("model", expected=expected, received=tuple(logits.shape), fix="return one column per task of schema.labels")
         losses = weighted_binary_cross_entropy(logits, batch.labels, batch.weights)
         self._fabric.backward((losses * self._task_weights).sum())
         parameters, norm = self._clip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mlenv.batch import Position
-from mlenv.errors import CheckpointError
+from mlenv.errors import CheckpointError, TrainingError
 from mlenv.loops.checkpoint import load_tensors, newest_checkpoint, save_checkpoint
 from mlenv.loops.fit import Progress
 from mlenv.loops.journal import Journal
@@ -116,11 +117,19 @@ class TrainingRun:
 
     def save(self, progress: Progress) -> None:
         """Writes a checkpoint. What was logged before it is on the disk first."""
+        self._check_finite(progress)
         self.journal.sync()
         tensors = {**self._state(), **random_tensors(), **{f"run.{name}": sums.cpu() for name, sums in self._sums.items()}}
         record = {**dataclasses.asdict(progress), "data_fingerprint": self._options.data_fingerprint}
         documents = {PROGRESS: json.dumps(record, indent=2), CONFIG: self._options.config}
         save_checkpoint(self._checkpoints, progress.step, tensors, documents, self._options.keep_checkpoints)
+
+    def _check_finite(self, progress: Progress) -> None:
+        """Refuses to write a model whose loss is no number any more: the checkpoints before it are worth more."""
+        for task, loss in zip(self._options.tasks, self._sums["losses"].tolist(), strict=True):
+            if not math.isfinite(loss):
+                fix = "lower the learning rates, or set optimizer.gradient_clip_norm; the same command goes on from the last checkpoint"
+                raise TrainingError(f"step {progress.step}: the loss of task {task!r} is {loss}. Fix: {fix}.")
 
     def close(self) -> None:
         """Ends the progress bar."""
@@ -143,6 +152,7 @@ class TrainingRun:
         return Progress(record["step"], record["examples"], Position(**record["position"]))
 
     def _record(self, progress: Progress) -> None:
+        self._check_finite(progress)
         losses = self._means(self._sums["losses"], self._sums["weights"])
         now = time.perf_counter()
         values = {f"train/{task}/loss": loss for task, loss in zip(self._options.tasks, losses, strict=True)}

@@ -25,7 +25,7 @@ def optimizer_tensors(model: nn.Module, adam: torch.optim.Optimizer, tables: Row
     for optimizer in (adam, tables) if tables is not None else (adam,):
         for parameter, state in optimizer.state.items():
             tensors |= {f"optimizer.{_canonical(names[parameter])}.{key}": value for key, value in state.items()}
-    if tables is None:
+    if hasattr(model, "fused_optimizer"):
         fused = model.fused_optimizer.state_dict()["state"]  # type: ignore[union-attr]
         for name, state in fused.items():
             tensors |= {f"optimizer.{_canonical(name)}.sum": value for key, value in state.items() if key.endswith(".momentum1")}

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlenv.errors import MlenvError
+from mlenv.errors import MlenvError, TrainingError
 
 if TYPE_CHECKING:
     from mlenv.config import ExperimentConfig
@@ -34,9 +34,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run: Callable[[argparse.Namespace], int] = options.run
     try:
         return run(options)
+    except TrainingError as error:
+        print(f"mlenv: {error}", file=sys.stderr)
+        return FAILED
     except MlenvError as error:
         print(f"mlenv: {error}", file=sys.stderr)
         return WRONG_INPUT
+    except OSError as error:  # a full or read-only disk, a server out of reach: nothing that a traceback would explain
+        print(f"mlenv: {error}", file=sys.stderr)
+        return FAILED
     except KeyboardInterrupt:
         print("mlenv: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         return FAILED
@@ -129,12 +135,10 @@ def _predict(options: argparse.Namespace) -> int:
 
 
 def _simulate(options: argparse.Namespace) -> int:
-    from omegaconf import OmegaConf
-
-    from mlenv.composition import from_plain, to_yaml
+    from mlenv.composition import from_plain, parse_overrides, to_yaml
     from mlenv.datasets.simulated_ads import SimulationConfig, simulate
 
-    config = from_plain(OmegaConf.to_container(OmegaConf.from_dotlist(options.overrides)), SimulationConfig, "simulation")  # type: ignore[arg-type]
+    config = from_plain(parse_overrides(options.overrides), SimulationConfig, "simulation")
     if options.dry_run:
         print(to_yaml(config), end="")
         return DONE

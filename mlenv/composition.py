@@ -29,7 +29,7 @@ def compose(file: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig
         Problems: names every unknown key, wrong value and contradiction at once.
         ConfigError: a file is missing, is not YAML, or extends itself.
     """
-    plain = _merge(_load(Path(file), ()), _parse(overrides))
+    plain = _merge(_load(Path(file), ()), parse_overrides(overrides))
     try:
         resolved = OmegaConf.to_container(OmegaConf.create(plain), resolve=True)
     except OmegaConfBaseException as error:
@@ -77,24 +77,32 @@ def _load(file: Path, seen: tuple[Path, ...]) -> Node:
         loaded = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
     except OSError as error:
         raise ConfigError(str(file), expected="a readable YAML file", received=error.strerror or str(error)) from error
-    except (YAMLError, OmegaConfBaseException) as error:
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise ConfigError(str(file), expected="YAML", received=" ".join(str(error).split())) from error
     if not isinstance(loaded, dict):
         raise ConfigError(str(file), expected="a mapping of keys", received=type(loaded).__name__)
     extends = loaded.pop("extends", [])
+    bases = [extends] if isinstance(extends, str) else extends
+    if not (isinstance(bases, list) and all(isinstance(base, str) for base in bases)):
+        raise ConfigError(f"{file}: extends", expected="a file, or a list of files", received=extends)
     merged: Node = {}
-    for base in [extends] if isinstance(extends, str) else extends:
+    for base in bases:
         merged = _merge(merged, _load(file.parent / base, (*seen, file.resolve())))
     return _merge(merged, typing.cast(Node, loaded))
 
 
-def _parse(overrides: Sequence[str]) -> Node:
+def parse_overrides(overrides: Sequence[str]) -> Node:
+    """``a.b=1`` as nested mappings.
+
+    Raises:
+        ConfigError: a word is no ``key=value``.
+    """
     for override in overrides:
         if "=" not in override.lstrip("="):
             raise ConfigError(override, expected="key=value", received=override)
     try:
         return typing.cast(Node, OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides))))
-    except (YAMLError, OmegaConfBaseException) as error:
+    except (YAMLError, OmegaConfBaseException, ValueError, TypeError, LookupError) as error:
         raise ConfigError(" ".join(overrides), expected="overrides as key=value", received=" ".join(str(error).split())) from error
 
 
@@ -182,12 +190,17 @@ def _one(hint: Any, value: object, key: str, table: KindTable | None, problems: 
 
 def _leaf(hint: Any, value: object, key: str, problems: list[MlenvError]) -> Any:
     """OmegaConf converts and checks leaves: "3" is an integer, 2.5 is not, a Literal takes its own values only."""
+    texts = value if isinstance(value, list) and hint == tuple[str, ...] else [value] if hint is str else []
+    for text in (text for text in texts if isinstance(text, (bool, float))):  # YAML reads NO and 1e5 so; the word is lost by now
+        problems.append(ConfigError(key, expected="text", received=text, fix="put the word in quotes"))
+        return None
     holder = OmegaConf.structured(dataclasses.make_dataclass("Leaf", [("value", hint)]))
     try:
         return OmegaConf.to_container(OmegaConf.merge(holder, {"value": value}))["value"]  # type: ignore[index, call-overload]
-    except OmegaConfBaseException:
+    except (OmegaConfBaseException, TypeError, ValueError):
         choices = typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ()
-        expected = f"one of {list(choices)}" if choices else f"a value of type {getattr(hint, '__name__', hint)}"
+        name = str(hint) if typing.get_origin(hint) else hint.__name__
+        expected = f"one of {list(choices)}" if choices else f"a value of type {name}"
         problems.append(
             ConfigError(key, expected=expected, received=value, fix=nearest(value, choices) if isinstance(value, str) and choices else "")
         )

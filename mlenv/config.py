@@ -6,6 +6,7 @@ import datetime
 import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from mlenv.errors import ConfigError, MlenvError, Problems, check_above, check_at_least, nearest
@@ -29,6 +30,14 @@ MODELS: dict[str, type | str] = {"ranker": "mlenv.modules.ranker:RankerConfig"}
 """Models by the name that ``model.kind`` takes; a team's own is named by its import path."""
 
 
+def is_day(text: str) -> bool:
+    """Whether a text is a day as YYYY-MM-DD; days are compared as texts, so no other form will do."""
+    try:
+        return datetime.date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
+
+
 @dataclass(frozen=True, kw_only=True)
 class WindowConfig:
     """A part of the data: a folder, and the days of it that count, both ends included."""
@@ -42,17 +51,20 @@ class WindowConfig:
 
     def __post_init__(self) -> None:
         for name in ("start", "end"):
-            try:
-                datetime.date.fromisoformat(getattr(self, name) or "2000-01-01")
-            except ValueError:
-                raise ConfigError(name, expected="a day as YYYY-MM-DD", received=getattr(self, name)) from None
+            if getattr(self, name) and not is_day(getattr(self, name)):
+                raise ConfigError(name, expected="a day as YYYY-MM-DD", received=getattr(self, name))
+        if PurePosixPath(self.path).is_absolute() or ".." in PurePosixPath(self.path).parts:
+            raise ConfigError("path", expected="a folder or file under data.path", received=self.path)
         if self.start and self.end and self.start > self.end:
             raise ConfigError("start", expected=f"a day not after the end {self.end}", received=self.start)
 
     def overlaps(self, other: WindowConfig) -> bool:
-        """Whether both windows can hold the same day of the same folder."""
+        """Whether both windows can hold the same day of the same file."""
         latest = "9999-12-31"
-        return self.path == other.path and self.start <= (other.end or latest) and other.start <= (self.end or latest)
+        mine, theirs = PurePosixPath(self.path), PurePosixPath(other.path)
+        if not (mine.is_relative_to(theirs) or theirs.is_relative_to(mine)):
+            return False
+        return self.start <= (other.end or latest) and other.start <= (self.end or latest)
 
     def __str__(self) -> str:
         days = f"{self.start or 'earliest'} to {self.end or 'latest'}" if self.start or self.end else "all days"
@@ -228,6 +240,17 @@ def _problems(config: ExperimentConfig) -> Iterator[MlenvError]:
             received=loop.evaluate_every_steps,
             fix=fix,
         )
+    if config.embeddings.engine == "torchrec":
+        for name, table in schema.tables.items():
+            if table.embedding_dim % 4:
+                fix = "round it up, or set embeddings.engine to torch"
+                yield ConfigError(
+                    f"schema.tables.{name}.embedding_dim", expected="a multiple of 4 for torchrec", received=table.embedding_dim, fix=fix
+                )
+        if not schema.tables:
+            yield ConfigError("embeddings.engine", expected="torch, because the schema has no embedding table", received="torchrec")
+    if not 0 <= config.seed < 2**63:
+        yield ConfigError("seed", expected="an integer in [0, 2^63)", received=config.seed)
     if config.embeddings.engine == "torchrec" and importlib.util.find_spec("torchrec") is None:
         fix = "pip install 'mlenv[torchrec]', or embeddings.engine=torch"
         yield ConfigError("embeddings.engine", expected="an engine that is installed", received="torchrec", fix=fix)

@@ -40,6 +40,10 @@ class CheckpointError(PlacedError):
     """A checkpoint is missing, damaged, or belongs to another model."""
 
 
+class TrainingError(MlenvError):
+    """The training itself failed, such as by diverging. The command line ends with exit code 1."""
+
+
 class Problems(MlenvError):
     """Several errors found in one check, reported together."""
 

@@ -45,6 +45,8 @@ _MAY_CHANGE = (
 )
 """Keys that a resumed training may set anew; any other would make it another model."""
 
+_HEADER = "# What mlenv composed of defaults, files and overrides.\n"
+
 _LENGTH = ("loop.max_steps", "data.num_epochs")
 """Keys that a resumed training may set anew unless the learning rate follows from them."""
 
@@ -64,6 +66,8 @@ class Experiment:
         self._started_process_group = False
         self._lock: IO[str] | None = None
         self._tracker: MlflowTracker | None = None
+        if config.loop.device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("loop.device", expected="a device of this machine", received="cuda", fix="set it to auto or cpu")
         self.fabric = Fabric(accelerator=config.loop.device, devices=1, precision=config.loop.precision)
         self._sources: dict[Split, ParquetSource] = {}
 
@@ -254,6 +258,10 @@ class Experiment:
 
     def _occupy(self) -> None:
         """Makes the output folder and keeps a second training out of it."""
+        written = self.output / CONFIG
+        if (self.output.exists() and not self.output.is_dir()) or (written.exists() and not written.read_text().startswith(_HEADER)):
+            received = f"a file {CONFIG} of your own" if written.exists() else "a file"
+            raise ConfigError("output", expected="a folder for the run alone", received=received, fix="set output to another folder")
         self.output.mkdir(exist_ok=True)
         self._lock = (self.output / ".lock").open("w")
         try:
@@ -265,7 +273,9 @@ class Experiment:
 
     def _record_start(self) -> None:
         """Writes the config and begins the tracked run, once it is certain that the training goes on."""
-        (self.output / CONFIG).write_text(to_yaml(self.config))
+        temporary = self.output / f".{CONFIG}.part"
+        temporary.write_text(_HEADER + to_yaml(self.config))
+        temporary.replace(self.output / CONFIG)
         tracking = self.config.tracking
         if not tracking.enabled:
             return

@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
+import re
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -86,6 +88,10 @@ class Numeric(Feature):
     log1p: bool = False
     """Compress heavy tails: sign(x) * log(1 + |x|), before normalization."""
 
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.default):
+            raise ConfigError("default", expected="a finite number", received=self.default)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Binary(Feature):
@@ -129,6 +135,9 @@ class MultiCategorical(Feature):
     max_length: int = 0
     """Keep the first ids only; 0 keeps all."""
 
+    def __post_init__(self) -> None:
+        check_at_least("max_length", self.max_length, 0)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Weighted(Feature):
@@ -140,6 +149,9 @@ class Weighted(Feature):
     """Embedding table; the feature's own name when empty."""
     max_length: int = 0
     """Keep the first pairs only; 0 keeps all."""
+
+    def __post_init__(self) -> None:
+        check_at_least("max_length", self.max_length, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -355,6 +367,11 @@ class Schema:
 
     def _table_problems(self) -> Iterator[MlenvError]:
         used = set()
+        names = [key.name for key in self._sparse_keys()]
+        for name in {name for name in names if names.count(name) > 1}:
+            yield ConfigError(
+                f"features.{name}", expected="a name of its own", received=name, fix="rename the feature or the field of the sequence"
+            )
         for key in self._sparse_keys():
             used.add(key.table)
             if key.table not in self.tables:
@@ -388,6 +405,10 @@ class Schema:
             yield ConfigError("labels", expected="at least one task", received={})
         inputs = {key.column for key in self._sparse_keys()} | {dense.column for dense in self.dense_columns}
         for task, label in self.labels.items():
+            if not task or "." in task or "@" in task:
+                yield ConfigError(
+                    f"labels.{task}", expected="a name without '.' and '@', which parameters and metrics put after it", received=task
+                )
             column = label.column or task
             if column in inputs:
                 yield ConfigError(
@@ -396,10 +417,7 @@ class Schema:
 
 
 def _is_int64(text: str) -> bool:
-    try:
-        return -(2**63) <= int(text) < 2**63
-    except ValueError:
-        return False
+    return re.fullmatch(r"-?\d+", text) is not None and -(2**63) <= int(text) < 2**63
 
 
 def _sparse_key(

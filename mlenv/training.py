@@ -51,8 +51,8 @@ def train(config: ExperimentConfig) -> TrainingResult:
             if (experiment.output / name).exists():
                 experiment.keep(experiment.output / name, "model" if name.startswith("checkpoints") else "")
         report = experiment.output / REPORT if evaluation is not None else None
-        tracked_as = experiment.tracked_as
-    return TrainingResult(progress.step, evaluation, report, tracked_as)
+    # Asked only now that all has been sent.
+    return TrainingResult(progress.step, evaluation, report, experiment.tracked_as)
 
 
 def evaluate_and_report(experiment: Experiment) -> Evaluation:

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from mlenv.batch import SparseFeatures
 from mlenv.config import EmbeddingsConfig
-from mlenv.errors import require
+from mlenv.errors import ConfigError, require
 from mlenv.schema import Schema, SparseKey
 
 if TYPE_CHECKING:
@@ -47,6 +47,8 @@ class EmbeddingLayout:
     """Which keys are looked up how, and how wide the result is; the same for both engines."""
 
     def __init__(self, schema: Schema) -> None:
+        for name in (name for name in schema.tables if hasattr(nn.ModuleDict, name) or hasattr(nn.ModuleDict(), name)):
+            raise ConfigError(f"schema.tables.{name}", expected="a name that PyTorch's modules do not use themselves", received=name)
         self.tables = schema.tables
         self.keys = schema.sparse_keys
         self.pooled_keys = tuple(key for key in self.keys if key.group != "sequence")
@@ -89,7 +91,7 @@ class TorchEmbeddings(nn.Module):
             float32 vectors; an empty bag is zeros.
         """
         offsets = [0, *accumulate(sparse.value_counts)]
-        lengths = sparse.lengths.view(len(sparse.keys), -1)
+        lengths = sparse.lengths.view(len(sparse.keys), sparse.batch_size)
         pooled: list[Tensor] = []
         events: dict[str, list[EmbeddedSequence]] = {}
         for place, key in enumerate(self.layout.keys):
@@ -149,7 +151,7 @@ class TorchRecEmbeddings(nn.Module):
         Returns:
             float32 vectors; an empty bag is zeros.
         """
-        lengths = sparse.lengths.view(len(sparse.keys), -1)
+        lengths = sparse.lengths.view(len(sparse.keys), sparse.batch_size)
         pooled: list[Tensor] = []
         events: dict[str, list[EmbeddedSequence]] = {}
         for name, where, keys in self.layout.lookups():

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from mlenv.errors import ConfigError
 from mlenv.modules.mlp import MLPConfig
 
 
@@ -17,6 +18,8 @@ class TaskHeads(nn.Module):
         super().__init__()
         self.heads = nn.ModuleDict()
         for task in tasks:
+            if hasattr(self.heads, task):
+                raise ConfigError(f"schema.labels.{task}", expected="a name that PyTorch's modules do not use themselves", received=task)
             hidden = config.build(input_dim)
             self.heads[task] = nn.Sequential(hidden, nn.Linear(hidden.output_dim, 1))
 

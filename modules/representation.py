@@ -81,6 +81,9 @@ class Representation(nn.Module):
         Returns:
             ``(batch, output_dim)`` float32.
         """
+        if not self.embeddings.layout.keys:
+            normalized: Tensor = self.normalization(batch.dense)
+            return normalized
         embedded = self.embeddings(batch.sparse)
         encoded = []
         for name, encoder in self.encoders.items():

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mlenv.cli import DONE, WRONG_INPUT, main
+from mlenv.cli import DONE, FAILED, WRONG_INPUT, main
 from mlenv.composition import compose
 from mlenv.errors import MlenvError, require
 
@@ -166,6 +166,33 @@ def test_wrong_configs_are_refused(demo_arguments, refuse, tmp_path):
     assert f"output: expected a folder whose parent exists. Received: '{missing}'. Fix: mkdir -p '{missing.parent}'" in message
     assert "missing.yaml: expected a readable YAML file" in refuse("train", "missing.yaml")
     assert "expected a checkpoint. Received: 'none'. Fix: train first" in refuse("evaluate", *demo_arguments())
+
+
+def test_what_is_the_users_is_not_replaced(demo_arguments, refuse, tmp_path, capsys):
+    assert main(["train", *demo_arguments("loop.max_steps=12")]) == DONE
+    capsys.readouterr()
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    pq.write_table(pa.table({"a": [1]}), mine / "part-00000.parquet")
+    assert "expected a new folder, or one of predictions" in refuse("predict", *demo_arguments("loop.max_steps=12"), "--out", str(mine))
+    (mine / "config.yaml").write_text("name: mine\n")
+    assert "output: expected a folder for the run alone" in refuse("train", *demo_arguments(f"output={mine}"))
+    assert (mine / "config.yaml").read_text() == "name: mine\n"
+
+
+def test_a_training_that_diverges_stops_and_keeps_its_last_good_checkpoint(demo_arguments, tmp_path, capsys):
+    diverging = ["optimizer.learning_rate=1e30", "loop.checkpoint_every_steps=1", "loop.log_every_steps=1", "loop.learning_rate_decay=none"]
+    assert main(["train", *demo_arguments(*diverging)]) == FAILED
+    assert "the loss of task 'click' is nan" in capsys.readouterr().err
+    assert len(list((tmp_path / "run of a test" / "checkpoints").iterdir())) >= 1
+
+
+def test_a_schema_without_ids_trains(demo_arguments, tmp_path):
+    lines = ["schema: {features: {price: {kind: numeric}, is_weekend: {kind: binary}}, labels: {click: {}}}"]
+    lines += ["name: plain", "model: {kind: ranker}", "data: {path: x, train: {end: 2026-01-02}}"]
+    (tmp_path / "plain.yaml").write_text("\n".join(lines))
+    arguments = [argument for argument in demo_arguments("loop.max_steps=12")[1:] if not argument.startswith("model.")]
+    assert main(["train", str(tmp_path / "plain.yaml"), *arguments]) == DONE
 
 
 def test_wrong_usage_ends_with_the_same_code(capsys):

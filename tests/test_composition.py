@@ -94,6 +94,14 @@ def test_every_problem_is_named_at_once(control):
     ("override", "message"),
     [
         ("objective.task_weights.clik=2", "did you mean 'click'"),
+        ("data.train.end=20260103", "data.train.end: expected a day as YYYY-MM-DD"),
+        ("data.test={path: sub, start: 2026-01-02}", "data.test: expected days outside"),
+        ("data.test.path=/elsewhere", "data.test.path: expected a folder or file under data.path"),
+        ("schema.row_key={a: 1}", "schema.row_key: expected a value of type tuple[str, ...]"),
+        ("name=true", "name: expected text. Received: True. Fix: put the word in quotes."),
+        ("seed=-1", "seed: expected an integer in [0, 2^63)"),
+        ("schema.labels={a@b: {}}", "labels.a@b: expected a name without '.' and '@'"),
+        ("schema.features.price.default=.nan", "schema.features.price.default: expected a finite number"),
         ("data.test.start=2026-01-02", "data.test: expected days outside the training window"),
         ("loop.evaluate_every_steps=5", "loop.evaluate_every_steps: expected a number of steps exactly when data.validation is set"),
         ("schema.features.item.table=itm", "schema.features.item.table: expected a table of the schema"),
@@ -114,6 +122,7 @@ def test_contradictions_are_refused(control, override, message):
     ("text", "message"),
     [
         ("extends: control.yaml", "expected a file that does not extend itself"),
+        ("extends: 3", "control.yaml: extends: expected a file, or a list of files. Received: 3."),
         ("extends: missing.yaml", "missing.yaml: expected a readable YAML file"),
         ("a: [1", "control.yaml: expected YAML"),
         ("- 1", "control.yaml: expected a mapping of keys"),

@@ -7,7 +7,7 @@ import torch
 
 from mlenv.batch import Position
 from mlenv.datasets.columns import check_columns
-from mlenv.datasets.encoded_rows import to_batch
+from mlenv.datasets.encoded_rows import join, to_batch
 from mlenv.datasets.encoding import RowError, encode
 from mlenv.datasets.hashing import hash_ids
 from mlenv.schema import (
@@ -114,6 +114,9 @@ def test_cutting_and_joining_loses_nothing():
     assert torch.equal(pieces.dense, together.dense)
     assert torch.equal(pieces.labels, together.labels)
     assert pieces.metadata.equals(together.metadata)
+    joined = to_batch([join([whole.rows(0, 1), whole.rows(1, 1), whole.rows(1, 3)])], Position())
+    assert bags(joined) == bags(to_batch([whole], Position()))
+    assert joined.metadata.equals(rows().select(["key"]))
 
 
 def test_storage_may_vary():
@@ -150,6 +153,8 @@ def test_slices_of_columns_are_read_at_their_offset():
         ({"click": pa.array([1, None, 0])}, 1, "click", None),
         ({"click": pa.array([1, 2, 0])}, 1, "click", 2),
         ({"value": pa.array([1.0, 1.0, -1.0])}, 2, "value", -1.0),
+        ({"value": pa.array([1.0, float("inf"), 1.0])}, 1, "value", float("inf")),
+        ({"topics": pa.array([[], [(1, float("inf"))], None], pa.map_(pa.int64(), pa.float32()))}, 1, "topics", "inf"),
         ({"price": pa.array([1.0, float("-inf"), None])}, 1, "price", "-inf"),
         ({"item": pa.array([1, 2, 2**63], pa.uint64())}, 2, "item", 2**63),
         ({"is_new": pa.array([0, 5, 1])}, 1, "is_new", 5),

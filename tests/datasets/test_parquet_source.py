@@ -179,6 +179,24 @@ def test_files_of_one_window_may_store_a_column_differently(folder):
     assert sorted(keys(reader.batches())) == list(range(DAYS * ROWS))
 
 
+def test_labels_and_pass_through_columns_may_drift_too(folder):
+    drifted = day(1, click=pa.array([True] * ROWS), key=pa.array(np.arange(ROWS) + ROWS, pa.int32()))
+    pq.write_table(drifted, folder / "date=2026-01-02" / "part-0.parquet", row_group_size=GROUP)
+    batches = list(source(folder).batches())
+    assert keys(batches) == list(range(DAYS * ROWS))
+    assert {str(batch.metadata.schema.field("key").type) for batch in batches} == {"int64"}
+    pq.write_table(day(1, key=["a"] * ROWS), folder / "date=2026-01-02" / "part-0.parquet")
+    with pytest.raises(DataError, match=r"date=2026-01-02/part-0\.parquet, column 'key': expected int64\. Received: 'string'"):
+        source(folder)
+
+
+def test_unfinished_files_are_passed_over(folder):
+    (folder / "date=2026-01-02" / "_temporary").mkdir()
+    pq.write_table(day(1), folder / "date=2026-01-02" / "_temporary" / "part-0.parquet")
+    pq.write_table(day(1), folder / "date=2026-01-02" / ".part-1.parquet")
+    assert source(folder).num_rows == DAYS * ROWS
+
+
 def test_a_reader_that_is_dropped_stops_its_threads(folder):
     import threading
 

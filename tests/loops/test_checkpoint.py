@@ -85,5 +85,23 @@ def test_other_tensors_are_refused_by_name(folder):
         load_tensors(folder / "step-00000003", {"other": torch.zeros(1)})
 
 
+def test_folders_of_other_names_are_no_checkpoints(folder):
+    shutil.copytree(folder / "step-00000003", folder / "step-best")
+    save_checkpoint(folder, 4, tensors(4), {}, keep=1)
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000004", "step-best"]
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", "null", '{"a": 1}', "{"])
+def test_a_manifest_that_is_none_is_damage(folder, text):
+    (folder / "step-00000003" / MANIFEST).write_text(text)
+    assert newest_checkpoint(folder).name == "step-00000002"
+
+
+def test_a_save_that_fails_leaves_nothing_behind(folder):
+    with pytest.raises(OSError, match="no/such"):
+        save_checkpoint(folder, 4, tensors(4), {"no/such/document": ""}, keep=2)
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000002", "step-00000003"]
+
+
 def test_no_checkpoint_is_none(tmp_path):
     assert newest_checkpoint(tmp_path / "nothing") is None
