@@ -169,6 +169,8 @@ def _ui(options: argparse.Namespace) -> int:
     if options.dry_run:
         print(" ".join(command))
         return DONE
+    # MLflow's pages open on language-model traces unless the address asks for training runs.
+    print(f"open http://127.0.0.1:{options.port}/#/experiments?workflowType=machine_learning", flush=True)
     os.execv(sys.executable, command)
 
 
