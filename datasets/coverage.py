@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
+from mlenv.datasets.encoding import as_list, list_lengths
 from mlenv.schema import Schema
-
-
-def feature_columns(schema: Schema) -> tuple[str, ...]:
-    """Columns that features read, each once."""
-    return tuple(dict.fromkeys([*(key.column for key in schema.sparse_keys), *(dense.column for dense in schema.dense_columns)]))
 
 
 def feature_coverage(batches: Iterable[pa.RecordBatch], schema: Schema) -> dict[str, float]:
@@ -29,8 +25,6 @@ def feature_coverage(batches: Iterable[pa.RecordBatch], schema: Schema) -> dict[
 
 
 def _num_present(column: pa.Array) -> int:
-    if pa.types.is_map(column.type):
-        column = column.cast(pa.list_(pa.struct([("key", column.type.key_type), ("value", column.type.item_type)])))
     if pa.types.is_nested(column.type) and not pa.types.is_fixed_size_list(column.type):
-        return int(pc.sum(pc.greater(pc.list_value_length(column), 0)).as_py() or 0)
+        return int(np.count_nonzero(list_lengths(as_list(column))))
     return len(column) - int(column.null_count)

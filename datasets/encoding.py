@@ -95,9 +95,8 @@ def _table_rows(ids: pa.Array, key: SparseKey, table: Table, row_of: Callable[[i
 
 def _elements(column: pa.Array, max_length: int, keep: str) -> tuple[pa.Array, Integers]:
     """The elements of a list column, cut to ``max_length`` per row, and their offsets; a null list is empty."""
-    if pa.types.is_map(column.type):
-        column = column.cast(pa.list_(pa.struct([("key", column.type.key_type), ("value", column.type.item_type)])))
-    lengths = _list_lengths(column)
+    column = as_list(column)
+    lengths = list_lengths(column)
     if max_length and len(lengths) and lengths.max() > max_length:
         ends = np.cumsum(lengths)
         kept = np.minimum(lengths, max_length)
@@ -122,7 +121,7 @@ def _check_aligned(rows: pa.RecordBatch, schema: Schema) -> None:
     """Fields of one sequence have equal lengths in every row, before they are cut."""
     leaders: dict[str, tuple[str, Integers]] = {}
     for key in (key for key in schema.sparse_keys if key.group == "sequence"):
-        lengths = _list_lengths(rows.column(key.column))
+        lengths = list_lengths(rows.column(key.column))
         column, expected = leaders.setdefault(key.feature, (key.column, lengths))
         if not np.array_equal(lengths, expected):
             row = int(np.argmax(lengths != expected))
@@ -132,7 +131,14 @@ def _check_aligned(rows: pa.RecordBatch, schema: Schema) -> None:
             )
 
 
-def _list_lengths(column: pa.Array) -> Integers:
+def as_list(column: pa.Array) -> pa.Array:
+    """A map as a list of pairs, which is what it is in memory; a list as it is."""
+    if not pa.types.is_map(column.type):
+        return column
+    return column.cast(pa.list_(pa.struct([("key", column.type.key_type), ("value", column.type.item_type)])))
+
+
+def list_lengths(column: pa.Array) -> Integers:
     """Elements per row; none in a null list."""
     lengths: Integers = pc.fill_null(pc.list_value_length(column), 0).cast(pa.int64()).to_numpy()
     return lengths

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 from collections import deque
 from collections.abc import Generator, Iterator
@@ -17,7 +16,7 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 
 from mlenv.batch import START, Batch, Position
-from mlenv.config import DataConfig, WindowConfig
+from mlenv.config import DataConfig, WindowConfig, is_day
 from mlenv.datasets.columns import check_columns
 from mlenv.datasets.encoded_rows import EncodedRows, join, to_batch
 from mlenv.datasets.encoding import RowError, encode
@@ -302,8 +301,4 @@ def open_folder(path: str) -> tuple[pyarrow.fs.FileSystem, str]:
 def _within(day: str, window: WindowConfig) -> bool:
     if not (window.start or window.end):
         return True
-    try:
-        datetime.date.fromisoformat(day)
-    except ValueError:
-        return False
-    return (window.start or day) <= day <= (window.end or day)
+    return is_day(day) and (window.start or day) <= day <= (window.end or day)

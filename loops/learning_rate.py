@@ -14,9 +14,15 @@ class LinearDecay:
     goes on with the same rates.
     """
 
-    def __init__(self, optimizers: Sequence[torch.optim.Optimizer], total_steps: int) -> None:
-        self._optimizers, self._total_steps = optimizers, total_steps
-        self._groups = [(group, group["lr"]) for optimizer in optimizers for group in optimizer.param_groups]
+    def __init__(self, optimizers: Sequence[torch.optim.Optimizer], fused: torch.optim.Optimizer | None, total_steps: int) -> None:
+        """
+        Args:
+            optimizers: those that are stepped after a backward pass.
+            fused: the optimizer that TorchRec's tables run inside it; its step only hands its rates to them.
+        """
+        self._optimizers, self._fused, self._total_steps = optimizers, fused, total_steps
+        every = [*optimizers, *([fused] if fused is not None else [])]
+        self._groups = [(group, group["lr"]) for optimizer in every for group in optimizer.param_groups]
         self._steps_done: int | None = None
 
     def advance(self) -> None:
@@ -26,6 +32,8 @@ class LinearDecay:
         remaining = max(self._total_steps - self._steps_done, 0) / self._total_steps
         for group, rate in self._groups:
             group["lr"] = rate * remaining
+        if self._fused is not None:
+            self._fused.step()
         self._steps_done += 1
 
 

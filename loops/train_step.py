@@ -41,8 +41,7 @@ class EagerStep:
     """The plain step: one batch at a time, nothing overlapped.
 
     Args:
-        optimizers: each is stepped after every backward pass.
-        fused: the optimizer that TorchRec's tables run inside the backward pass; its step only hands its rates to them.
+        optimizers: each is stepped after every backward pass; tables with a fused optimizer need none.
         task_weights: ``(tasks,)`` weight of each task's loss in the sum.
         clip: parameters whose joint gradient norm is limited, and the limit; no limit at 0.
         decay: lowers the learning rates of all optimizers; None keeps them.
@@ -53,12 +52,11 @@ class EagerStep:
         fabric: Fabric,
         model: nn.Module,
         optimizers: list[torch.optim.Optimizer],
-        fused: torch.optim.Optimizer | None,
         task_weights: Tensor,
         clip: tuple[list[nn.Parameter], float],
         decay: LinearDecay | None,
     ) -> None:
-        self._fabric, self._model, self._optimizers, self._fused = fabric, model, optimizers, fused
+        self._fabric, self._model, self._optimizers = fabric, model, optimizers
         self._clip, self._decay = clip, decay
         self._task_weights = task_weights.to(fabric.device)
 
@@ -71,8 +69,6 @@ class EagerStep:
         self._model.train()
         if self._decay is not None:
             self._decay.advance()
-            if self._fused is not None:
-                self._fused.step()
         with self._fabric.autocast():
             logits = self._model(batch)
         if logits.shape != batch.labels.shape:

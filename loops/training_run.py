@@ -20,7 +20,7 @@ from mlenv.batch import Position
 from mlenv.errors import CheckpointError, TrainingError
 from mlenv.loops.checkpoint import load_tensors, newest_checkpoint, save_checkpoint
 from mlenv.loops.fit import Progress
-from mlenv.loops.journal import Journal
+from mlenv.loops.journal import JOURNAL_FILE, Journal
 from mlenv.loops.train_step import StepOutput
 from mlenv.loops.training_state import random_tensors, set_random_tensors
 
@@ -69,7 +69,7 @@ class TrainingRun:
         started: Callable[[], None],
         validate: Callable[[], Mapping[str, float]],
     ) -> None:
-        self.journal = Journal(output / "metrics.jsonl")
+        self.journal = Journal(output / JOURNAL_FILE)
         self._checkpoints, self._options = output / CHECKPOINT_FOLDER, options
         self._state, self._begin, self._check, self._started, self._validate = state, begin, check, started, validate
         # What was seen since the last record; part of the checkpoint, so that a resumed run logs the same numbers.

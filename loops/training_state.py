@@ -19,7 +19,7 @@ def model_tensors(model: nn.Module) -> dict[str, Any]:
 
 
 def optimizer_tensors(model: nn.Module, adam: torch.optim.Optimizer, tables: RowWiseAdagrad | None) -> dict[str, Any]:
-    """State of the optimizers, by parameter. ``tables`` is None when the tables carry a fused optimizer."""
+    """State of the optimizers, by parameter. ``tables`` is None when no table is plain."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     tensors: dict[str, Any] = {}
     for optimizer in (adam, tables) if tables is not None else (adam,):

@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -65,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
         ("evaluate", _evaluate, "Measure the newest checkpoint on the test window again, and write the report again."),
         ("predict", _predict, "Write the predictions of the newest checkpoint for the test window."),
     ):
-        made = verb(verbs, name, run, text)
+        made = verb(verbs, name, partial(_with_config, run), text)
         made.add_argument("config", type=Path, help="YAML file; settings may follow as key=value")
         if name == "predict":
             made.add_argument("--out", type=Path, required=True, help="folder for the predictions")
@@ -88,10 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _train(options: argparse.Namespace) -> int:
-    config = _compose(options)
-    if options.dry_run:
-        return _show(config)
+def _train(config: ExperimentConfig, options: argparse.Namespace) -> int:
     from mlenv.training import train
 
     result = train(config)
@@ -104,10 +102,7 @@ def _train(options: argparse.Namespace) -> int:
     return DONE
 
 
-def _evaluate(options: argparse.Namespace) -> int:
-    config = _compose(options)
-    if options.dry_run:
-        return _show(config)
+def _evaluate(config: ExperimentConfig, options: argparse.Namespace) -> int:
     from mlenv.experiment import Experiment
     from mlenv.training import REPORT, evaluate_and_report
 
@@ -120,10 +115,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     return DONE
 
 
-def _predict(options: argparse.Namespace) -> int:
-    config = _compose(options)
-    if options.dry_run:
-        return _show(config)
+def _predict(config: ExperimentConfig, options: argparse.Namespace) -> int:
     from mlenv.experiment import Experiment
     from mlenv.loops.evaluate import predict
 
@@ -174,10 +166,12 @@ def _ui(options: argparse.Namespace) -> int:
     os.execv(sys.executable, command)
 
 
-def _compose(options: argparse.Namespace) -> ExperimentConfig:
+def _with_config(run: Callable[[ExperimentConfig, argparse.Namespace], int], options: argparse.Namespace) -> int:
+    """Composes the config of a command; a dry run shows it and goes no further."""
     from mlenv.composition import compose
 
-    return compose(options.config, options.overrides)
+    config = compose(options.config, options.overrides)
+    return _show(config) if options.dry_run else run(config, options)
 
 
 def _show(config: ExperimentConfig) -> int:

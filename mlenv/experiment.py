@@ -77,11 +77,12 @@ class Experiment:
         config = self.config
         embeddings = ENGINES[config.embeddings.engine](self.schema, config.embeddings, config.seed)
         torch.manual_seed(config.seed)
-        model = (
-            config.model.build(self.schema, embeddings).to(self.fabric.device)
-            if config.embeddings.engine == "torch"
-            else self._sharded(embeddings)
-        )
+        model = config.model.build(self.schema, embeddings)
+        if config.embeddings.engine == "torchrec":
+            self._started_process_group = not torch.distributed.is_initialized()
+            model = shard(model, config.embeddings, self.fabric.device, config.seed)
+        else:
+            model = model.to(self.fabric.device)
         torch.manual_seed(config.seed)  # building may draw more or fewer numbers; training starts from the same
         return model
 
@@ -90,11 +91,10 @@ class Experiment:
         """One step of training."""
         weights = [self.config.objective.task_weights.get(task, 1.0) for task in self.schema.tasks]
         clip = dense_parameters(self.model), self.config.optimizer.gradient_clip_norm
-        fused = getattr(self.model, "fused_optimizer", None)
         decay = None
         if self.config.loop.learning_rate_decay == "linear":
-            decay = LinearDecay([*self.optimizers, *([fused] if fused is not None else [])], self.total_steps)
-        return EagerStep(self.fabric, self.model, self.optimizers, fused, torch.tensor(weights), clip, decay)
+            decay = LinearDecay(self.optimizers, getattr(self.model, "fused_optimizer", None), self.total_steps)
+        return EagerStep(self.fabric, self.model, self.optimizers, torch.tensor(weights), clip, decay)
 
     @cached_property
     def total_steps(self) -> int:
@@ -162,11 +162,7 @@ class Experiment:
     @property
     def facts(self) -> dict[str, str]:
         """What identifies this training: windows, fingerprints, revision, versions."""
-        windows = {
-            f"{name} window": str(window)
-            for name in ("train", "validation", "test")
-            if (window := getattr(self.config.data, name)) is not None
-        }
+        windows = {f"{name} window": str(window) for name in SPLITS if (window := getattr(self.config.data, name)) is not None}
         prints = {"schema fingerprint": self.schema.fingerprint}
         prints |= {f"{split} data fingerprint": source.fingerprint for split, source in self._sources.items()}
         return {**windows, **prints, "device": str(self.fabric.device), **run_tags()}
@@ -205,11 +201,6 @@ class Experiment:
             num_epochs=data.num_epochs if is_training else 1,
             with_metadata=not is_training,
         )
-
-    def _sharded(self, embeddings: nn.Module) -> nn.Module:
-        self._started_process_group = not torch.distributed.is_initialized()
-        model = self.config.model.build(self.schema, embeddings)
-        return shard(model, self.config.embeddings, self.fabric.device, self.config.seed)
 
     @cached_property
     def _adam(self) -> torch.optim.Optimizer:

@@ -311,10 +311,15 @@ class Schema:
         return tuple(dict.fromkeys(name for name in (*self.row_key, self.request, self.event_time, *self.segments, *truths) if name))
 
     @property
+    def feature_columns(self) -> tuple[str, ...]:
+        """Columns that features read, each once."""
+        return tuple(dict.fromkeys([*(key.column for key in self.sparse_keys), *(dense.column for dense in self.dense_columns)]))
+
+    @property
     def columns(self) -> tuple[str, ...]:
         """Every column that training reads, each once."""
         labels = [name for task, label in self.labels.items() for name in (label.column or task, label.mask, label.weight) if name]
-        return tuple(dict.fromkeys([*(key.column for key in self.sparse_keys), *(dense.column for dense in self.dense_columns), *labels]))
+        return tuple(dict.fromkeys([*self.feature_columns, *labels]))
 
     @property
     def fingerprint(self) -> str:

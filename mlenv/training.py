@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlenv.config import ExperimentConfig
-from mlenv.datasets.coverage import feature_columns, feature_coverage
+from mlenv.datasets.coverage import feature_coverage
 from mlenv.experiment import SPLITS, Experiment, Split
+from mlenv.loops.checkpoint import list_checkpoints
 from mlenv.loops.evaluate import Evaluation, evaluate
 from mlenv.loops.fit import fit
-from mlenv.loops.journal import Journal
+from mlenv.loops.journal import JOURNAL_FILE, Journal
+from mlenv.loops.training_run import CHECKPOINT_FOLDER, CONFIG
 from mlenv.report import Report, write_report
 
 PREDICTIONS = "predictions"
@@ -47,9 +49,9 @@ def train(config: ExperimentConfig) -> TrainingResult:
         evaluation = evaluate_and_report(experiment) if "test" in splits else None
         if evaluation is not None:
             _journal_once(experiment.run.journal, progress.step, evaluation)
-        for name in (METRICS, REPORT, f"checkpoints/step-{progress.step:08d}"):
-            if (experiment.output / name).exists():
-                experiment.keep(experiment.output / name, "model" if name.startswith("checkpoints") else "")
+            for name in (METRICS, REPORT):
+                experiment.keep(experiment.output / name)
+        experiment.keep(list_checkpoints(experiment.output / CHECKPOINT_FOLDER)[-1], "model")
         report = experiment.output / REPORT if evaluation is not None else None
     # Asked only now that all has been sent.
     return TrainingResult(progress.step, evaluation, report, experiment.tracked_as)
@@ -68,9 +70,9 @@ def evaluate_and_report(experiment: Experiment) -> Evaluation:
         metrics=evaluation.metrics,
         best=evaluation.best,
         reliability=evaluation.reliability,
-        history=Journal(output / "metrics.jsonl").read(),
-        coverage=feature_coverage(source.record_batches(feature_columns(schema)), schema),
-        artifacts={"predictions": PREDICTIONS, "config": "config.yaml", "checkpoints": "checkpoints"},
+        history=Journal(output / JOURNAL_FILE).read(),
+        coverage=feature_coverage(source.record_batches(schema.feature_columns), schema),
+        artifacts={"predictions": PREDICTIONS, "config": CONFIG, "checkpoints": CHECKPOINT_FOLDER},
     )
     write_report(report, output / REPORT)
     return evaluation

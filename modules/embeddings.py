@@ -47,16 +47,16 @@ class EmbeddingLayout:
     """Which keys are looked up how, and how wide the result is; the same for both engines."""
 
     def __init__(self, schema: Schema) -> None:
-        for name in (name for name in schema.tables if hasattr(nn.ModuleDict, name) or hasattr(nn.ModuleDict(), name)):
+        for name in (name for name in schema.tables if hasattr(nn.ModuleDict(), name)):
             raise ConfigError(f"schema.tables.{name}", expected="a name that PyTorch's modules do not use themselves", received=name)
         self.tables = schema.tables
         self.keys = schema.sparse_keys
         self.pooled_keys = tuple(key for key in self.keys if key.group != "sequence")
         self.pooled_dims = tuple(schema.tables[key.table].embedding_dim for key in self.pooled_keys)
         self.sequence_dims: dict[str, int] = {}
+        """Width of an event, by feature."""
         for key in (key for key in self.keys if key.group == "sequence"):
             self.sequence_dims[key.feature] = self.sequence_dims.get(key.feature, 0) + schema.tables[key.table].embedding_dim
-        """Width of an event, by feature."""
 
     def lookups(self) -> Iterator[tuple[str, slice, tuple[SparseKey, ...]]]:
         """Each lookup that occurs under a name of its own, where its keys lie, and the keys; they share how they are looked up."""
