@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
 
 import pyarrow as pa
 
+from mlenv.batch import Extra
 from mlenv.errors import DataError, MlenvError, nearest
 from mlenv.schema import Binary, DenseVector, Schema
 
 
-def check_columns(columns: pa.Schema, schema: Schema, place: str, *, with_metadata: bool = False) -> Iterator[MlenvError]:
+def extra_columns(schema: Schema, extras: Collection[Extra]) -> tuple[str, ...]:
+    """Columns that these extras of a batch are made from, each once."""
+    teachers = (label.teacher for label in schema.labels.values())
+    columns: dict[Extra, Iterable[str]] = {"metadata": schema.metadata_columns, "requests": (schema.request,), "teacher": teachers}
+    return tuple(dict.fromkeys(name for extra in extras for name in columns[extra] if name))
+
+
+def check_columns(columns: pa.Schema, schema: Schema, place: str, *, extras: Collection[Extra] = ()) -> Iterator[MlenvError]:
     """Yields an error for every column that is missing or whose type the schema does not accept."""
     types = {field.name: field.type for field in columns}
-    names = dict.fromkeys((*schema.columns, *(schema.metadata_columns if with_metadata else ())))
+    names = dict.fromkeys((*schema.columns, *extra_columns(schema, extras)))
     for name in (name for name in names if name not in types):
         fix = f"write the column, or take it out of the schema; {nearest(name, types)}"
         yield DataError(f"{place}, column {name!r}", expected="a column of this name", received="none", fix=fix)
@@ -47,6 +55,8 @@ def _expected_types(schema: Schema) -> Iterator[tuple[str, str, Callable[[pa.Dat
     for task, label in schema.labels.items():
         if label.truth:
             yield label.truth, "a probability", _is_number
+        if label.teacher:
+            yield label.teacher, "a probability", _is_number
         yield label.column or task, "a number 0 or 1, or bool", _is_number
         if label.mask:
             yield label.mask, "bool, or integers 0 and 1", _is_flag

@@ -67,6 +67,10 @@ class EncodedRows:
     weights: Floats
     """``(rows, tasks)``."""
     metadata: pa.RecordBatch | None
+    requests: Integers | None
+    """``(rows,)``, equal for rows of one request; -1 for a row without one."""
+    teacher: Floats | None
+    """``(rows, tasks)``; NaN where there is no prediction."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -80,6 +84,8 @@ class EncodedRows:
             labels=self.labels[start:stop],
             weights=self.weights[start:stop],
             metadata=None if self.metadata is None else self.metadata.slice(start, stop - start),
+            requests=None if self.requests is None else self.requests[start:stop],
+            teacher=None if self.teacher is None else self.teacher[start:stop],
         )
 
     def take(self, order: Integers) -> EncodedRows:
@@ -91,6 +97,8 @@ class EncodedRows:
             labels=self.labels[order],
             weights=self.weights[order],
             metadata=None if self.metadata is None else self.metadata.take(pa.array(order)),
+            requests=None if self.requests is None else self.requests[order],
+            teacher=None if self.teacher is None else self.teacher[order],
         )
 
 
@@ -99,14 +107,15 @@ def join(parts: Sequence[EncodedRows]) -> EncodedRows:
     if len(parts) == 1:
         return parts[0]
     first, sizes = parts[0], [len(part) for part in parts]
-    metadata = None if first.metadata is None else _one_batch([part.metadata for part in parts])
     return replace(
         first,
         sparse=tuple(_join_jagged(pieces, sizes) for pieces in zip(*(part.sparse for part in parts), strict=True)),
         dense=tuple(_joined(columns) for columns in zip(*(part.dense for part in parts), strict=True)),
         labels=_joined([part.labels for part in parts]),
         weights=_joined([part.weights for part in parts]),
-        metadata=metadata,
+        metadata=None if first.metadata is None else _one_batch([part.metadata for part in parts]),
+        requests=_joined_if_asked([part.requests for part in parts]),
+        teacher=_joined_if_asked([part.teacher for part in parts]),
     )
 
 
@@ -125,18 +134,22 @@ def _one_batch(batches: Sequence[pa.RecordBatch]) -> pa.RecordBatch:
 
 def to_batch(parts: Sequence[EncodedRows], position: Position) -> Batch:
     """Lays consecutive pieces of rows out as one batch, key-major."""
-    first = parts[0]
-    metadata = None
-    if first.metadata is not None:
-        metadata = _one_batch([part.metadata for part in parts])
+    requests, teacher = _joined_if_asked([part.requests for part in parts]), _joined_if_asked([part.teacher for part in parts])
     return Batch(
         sparse=_sparse_features(parts),
         dense=torch.from_numpy(_dense_matrix(parts)),
         labels=torch.from_numpy(_joined([part.labels for part in parts])),
         weights=torch.from_numpy(_joined([part.weights for part in parts])),
         position=position,
-        metadata=metadata,
+        metadata=None if parts[0].metadata is None else _one_batch([part.metadata for part in parts]),
+        requests=None if requests is None else torch.from_numpy(tell_apart(requests)),
+        teacher=None if teacher is None else torch.from_numpy(teacher),
     )
+
+
+def tell_apart(requests: Integers) -> Integers:
+    """Rows without a request get a negative number of their own, so that each is a request by itself."""
+    return np.where(requests < 0, -1 - np.arange(len(requests)), requests)
 
 
 def ranges(starts: Integers, lengths: Integers) -> tuple[Integers, Integers]:
@@ -183,3 +196,9 @@ def _single_lengths(bags: int) -> torch.Tensor:
 def _joined(arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:
     """One array that owns its memory, so that a batch does not keep a whole window alive."""
     return np.concatenate(arrays)
+
+
+def _joined_if_asked(arrays: Sequence[NDArray[Any] | None]) -> NDArray[Any] | None:
+    """Of a part that all pieces have or none has."""
+    present = [array for array in arrays if array is not None]
+    return _joined(present) if present else None

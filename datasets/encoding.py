@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from mlenv.batch import Extra
 from mlenv.datasets.encoded_rows import EncodedRows, Floats, Integers, Jagged, ranges
 from mlenv.datasets.hashing import as_int64, hash_ids
 from mlenv.schema import Binary, DenseColumn, DenseVector, Feature, Numeric, Schema, SparseKey, Table
@@ -21,7 +22,7 @@ class RowError(Exception):
         self.row, self.column, self.expected, self.received, self.fix = row, column, expected, received, fix
 
 
-def encode(rows: pa.RecordBatch, schema: Schema, *, with_metadata: bool = False) -> EncodedRows:
+def encode(rows: pa.RecordBatch, schema: Schema, *, extras: Collection[Extra] = ()) -> EncodedRows:
     """Turns the columns that the schema names into numbers. Column types were checked by ``check_columns``.
 
     Raises:
@@ -30,9 +31,11 @@ def encode(rows: pa.RecordBatch, schema: Schema, *, with_metadata: bool = False)
     _check_aligned(rows, schema)
     sparse = tuple(_encode_key(rows.column(key.column), key, schema.tables[key.table]) for key in schema.sparse_keys)
     labels, weights = _encode_labels(rows, schema)
-    metadata = rows.select(list(schema.metadata_columns)) if with_metadata else None
     dense = tuple(_encode_dense(rows, column, schema.features[column.name]) for column in schema.dense_columns)
-    return EncodedRows(schema, sparse, dense, labels, weights, metadata)
+    metadata = rows.select(list(schema.metadata_columns)) if "metadata" in extras else None
+    requests = _encode_requests(rows.column(schema.request)) if "requests" in extras else None
+    teacher = _encode_teacher(rows, schema) if "teacher" in extras else None
+    return EncodedRows(schema, sparse, dense, labels, weights, metadata, requests, teacher)
 
 
 def _encode_key(column: pa.Array, key: SparseKey, table: Table) -> Jagged:
@@ -199,6 +202,32 @@ def _encode_labels(rows: pa.RecordBatch, schema: Schema) -> tuple[Floats, Floats
         labels[:, place] = np.where(weight > 0, values, 0)
         weights[:, place] = weight
     return labels, weights
+
+
+def _encode_requests(column: pa.Array) -> Integers:
+    """A hash of 63 bits per request; -1 without one."""
+    plain = _plain(column)
+    known = pc.invert(plain.is_null(nan_is_null=True))
+    ids = plain.filter(known)
+    hashes = hash_ids(ids if pa.types.is_integer(ids.type) else ids.cast(pa.large_string()))
+    requests = np.full(len(plain), -1, np.int64)
+    requests[known.to_numpy(zero_copy_only=False)] = (hashes >> np.uint64(1)).view(np.int64)
+    return requests
+
+
+def _encode_teacher(rows: pa.RecordBatch, schema: Schema) -> Floats:
+    teacher = np.full((rows.num_rows, len(schema.labels)), np.nan, np.float32)
+    for place, label in enumerate(schema.labels.values()):
+        if label.teacher:
+            predictions = _floats(rows.column(label.teacher), default=np.nan)
+            wrong = (predictions < 0) | (predictions > 1)
+            if wrong.any():
+                row = int(np.argmax(wrong))
+                fix = "write probabilities, not logits, and null where the teacher has none"
+                received = rows.column(label.teacher)[row].as_py()
+                raise RowError(row, label.teacher, expected="a prediction in [0, 1]", received=received, fix=fix)
+            teacher[:, place] = predictions
+    return teacher
 
 
 def _flags(values: pa.Array, column: str, *, default: bool) -> Floats:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Collection, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -15,10 +15,10 @@ import pyarrow as pa
 import pyarrow.fs
 import pyarrow.parquet as pq
 
-from mlenv.batch import START, Batch, Position
+from mlenv.batch import START, Batch, Extra, Position
 from mlenv.config import DataConfig, WindowConfig, is_day
-from mlenv.datasets.columns import check_columns
-from mlenv.datasets.encoded_rows import EncodedRows, join, to_batch
+from mlenv.datasets.columns import check_columns, extra_columns
+from mlenv.datasets.encoded_rows import EncodedRows, Integers, join, tell_apart, to_batch
 from mlenv.datasets.encoding import RowError, encode
 from mlenv.errors import ConfigError, DataError, Problems
 from mlenv.schema import Schema
@@ -40,7 +40,13 @@ class ParquetSource:
     ``shuffle_rows`` rows, and permutes the rows of each window. All of it follows from the seed and the position, so
     that a source started at ``batch.position`` gives exactly the batches that would have come next.
 
+    Args:
+        extras: parts of the batches that are read only when asked for. With ``requests``, whole requests are permuted
+            instead of rows, so that the rows of a request follow one another and losses within a request find their
+            pairs. A request is cut where a batch or a window ends in the middle of it.
+
     Raises:
+        ConfigError: requests are asked for, and the schema names no column of them.
         Problems, DataError: the window has no files, a file is no Parquet file, or columns do not fit the schema;
             found when the source is made, before any row is read.
     """
@@ -54,14 +60,16 @@ class ParquetSource:
         shuffle: bool = False,
         seed: int = 0,
         num_epochs: int = 1,
-        with_metadata: bool = False,
+        extras: Collection[Extra] = (),
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
         self.schema, self.batch_size, self.num_epochs = schema, config.batch_size, num_epochs
         self._window_rows = config.shuffle_rows if shuffle else 0
         self._shuffle, self._seed, self._threads = shuffle and config.shuffle_rows > 0, seed, config.decode_threads
-        self._with_metadata, self._rank, self._world_size = with_metadata, rank, world_size
+        self._extras, self._rank, self._world_size = extras, rank, world_size
+        if "requests" in extras and not schema.request:
+            raise ConfigError("schema.request", expected="the column that groups rows shown together", received=schema.request)
         self._filesystem, self._data = open_folder(config.path)
         self._root = str(PurePosixPath(self._data, window.path))
         self._footers = self._read_footers(window)
@@ -164,12 +172,13 @@ class ParquetSource:
         rows = join([self._encode_group(group) for group in groups])
         if not self._shuffle:
             return rows
-        return rows.take(np.random.default_rng([self._seed, epoch, window, self._rank]).permutation(len(rows)))
+        generator = np.random.default_rng([self._seed, epoch, window, self._rank])
+        return rows.take(generator.permutation(len(rows)) if rows.requests is None else _shuffled_requests(rows.requests, generator))
 
     def _encode_group(self, group: RowGroup) -> EncodedRows:
-        columns = (*self.schema.columns, *(self.schema.metadata_columns if self._with_metadata else ()))
+        columns = dict.fromkeys((*self.schema.columns, *extra_columns(self.schema, self._extras)))
         try:
-            return encode(self._read(group, tuple(dict.fromkeys(columns))), self.schema, with_metadata=self._with_metadata)
+            return encode(self._read(group, tuple(columns)), self.schema, extras=self._extras)
         except RowError as error:
             place = f"{group.file}, row group {group.index}, row {error.row}, column {error.column!r}"
             raise DataError(place, expected=error.expected, received=error.received, fix=error.fix) from error
@@ -188,8 +197,8 @@ class ParquetSource:
         for column in (column for column in columns if column in partitions):
             table = table.append_column(column, pa.array([partitions[column]] * group.num_rows))
         table = table.select(list(columns))
-        if self._with_metadata:  # files may store them differently, and predictions have one type a column
-            types = (self._metadata_types.get(field.name, field.type) for field in table.schema)
+        if self._extra_types:  # files may store them differently; predictions have one type a column, and so have equal requests
+            types = (self._extra_types.get(field.name, field.type) for field in table.schema)
             table = table.cast(pa.schema(list(zip(columns, types, strict=True))))
         batches = table.combine_chunks().to_batches()
         if len(batches) > 1:
@@ -215,21 +224,21 @@ class ParquetSource:
         problems = [
             problem
             for file, footer in footers.items()
-            for problem in check_columns(self._columns(file, footer), self.schema, file, with_metadata=self._with_metadata)
+            for problem in check_columns(self._columns(file, footer), self.schema, file, extras=self._extras)
         ]
         if problems:
             raise Problems(f"data under {self._root}", problems)
-        self._metadata_types = self._common_types(footers)
+        self._extra_types = self._common_types(footers)
         return footers
 
     def _common_types(self, footers: dict[str, pq.FileMetaData]) -> dict[str, pa.DataType]:
-        """One type for each pass-through column over all files.
+        """One type for each column of the extras over all files.
 
         Raises:
             DataError: names the column and the file that does not go with the others.
         """
         common: dict[str, pa.DataType] = {}
-        names = self.schema.metadata_columns if self._with_metadata else ()
+        names = extra_columns(self.schema, self._extras)
         for file, footer in footers.items():
             columns = self._columns(file, footer)
             for name in names:
@@ -296,6 +305,12 @@ def open_folder(path: str) -> tuple[pyarrow.fs.FileSystem, str]:
                 "data.path", expected="a local path, or a URL that Arrow or fsspec knows", received=path, fix=str(error)
             ) from error
         return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(opened)), inside
+
+
+def _shuffled_requests(requests: Integers, generator: np.random.Generator) -> Integers:
+    """An order of rows in which requests come at random and the rows of each follow one another as before."""
+    distinct, request_of_row = np.unique(tell_apart(requests), return_inverse=True)
+    return np.argsort(generator.permutation(len(distinct))[request_of_row], kind="stable")
 
 
 def _within(day: str, window: WindowConfig) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -26,6 +26,9 @@ class Position:
 
 
 START = Position()
+
+Extra = Literal["metadata", "requests", "teacher"]
+"""Parts of a batch that a source reads only when asked; each is the field of ``Batch`` of that name."""
 
 
 @dataclass(frozen=True)
@@ -97,11 +100,17 @@ class Batch:
     """Where the source continues after this batch."""
     metadata: pa.RecordBatch | None = None
     """Pass-through columns (row key, request, segments) when the source was asked for them; always on the host."""
+    requests: Tensor | None = None
+    """``(batch,)`` int64, equal for rows of one request of this batch; negative and of its own for a row without one."""
+    teacher: Tensor | None = None
+    """``(batch, tasks)`` float32, a teacher's predictions in [0, 1]; NaN where it has none."""
 
     def __len__(self) -> int:
         return self.labels.shape[0]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The same examples on another device; metadata stays on the host."""
-        moved = {name: getattr(self, name).to(device, non_blocking=non_blocking) for name in ("sparse", "dense", "labels", "weights")}
+        names = ("sparse", "dense", "labels", "weights", "requests", "teacher")
+        present = {name: part for name in names if (part := getattr(self, name)) is not None}
+        moved = {name: part.to(device, non_blocking=non_blocking) for name, part in present.items()}
         return replace(self, **moved)

@@ -15,6 +15,7 @@ from lightning.fabric import Fabric
 from omegaconf import OmegaConf
 from torch import nn
 
+from mlenv.batch import Extra
 from mlenv.composition import from_plain, to_plain, to_yaml
 from mlenv.config import ExperimentConfig
 from mlenv.datasets.parquet_source import ParquetSource
@@ -192,6 +193,7 @@ class Experiment:
         window = getattr(data, split)
         if window is None:
             raise ConfigError(f"data.{split}", expected="a window", received=None, fix=f"set data.{split}.start and end, or path")
+        extras: tuple[Extra, ...] = () if is_training else ("metadata",)
         return ParquetSource(
             data,
             window,
@@ -199,7 +201,7 @@ class Experiment:
             shuffle=is_training,
             seed=self.config.seed,
             num_epochs=data.num_epochs if is_training else 1,
-            with_metadata=not is_training,
+            extras=extras,
         )
 
     @cached_property

@@ -210,6 +210,8 @@ class Label:
     """Column of non-negative numbers; 1 when empty."""
     truth: str = ""
     """Column of the true probability, which only simulated data know; evaluation reports its metrics as the best reachable."""
+    teacher: str = ""
+    """Column of a teacher's predictions, for distillation; null where it has none."""
 
 
 @dataclass(frozen=True)
@@ -345,7 +347,7 @@ class Schema:
 
     def _description(self) -> dict[str, dict[str, dict[str, object]]]:
         """All that decides tensors and parameters, by section and name."""
-        ignored = {"owner", "entity", "core", "truth"}
+        ignored = {"owner", "entity", "core", "truth", "teacher"}
 
         def describe(entry: Feature | Table | Label) -> dict[str, object]:
             return {key: value for key, value in dataclasses.asdict(entry).items() if key not in ignored}

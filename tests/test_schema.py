@@ -49,6 +49,7 @@ def test_fingerprint_follows_what_the_model_sees_and_nothing_else():
     before = schema()
     owned = schema(features=before.features | {"age": Numeric(owner="ads", core=True, entity="user")}, segments=("country",))
     assert owned.fingerprint == before.fingerprint
+    assert schema(labels={"click": Label(teacher="teacher_click")}).fingerprint == before.fingerprint
     for other in (
         schema(features=before.features | {"age": Numeric(log1p=True)}),
         schema(tables=before.tables | {"item": Table(num_embeddings=11, embedding_dim=4)}),

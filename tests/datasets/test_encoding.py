@@ -82,7 +82,7 @@ def bags(batch):
 
 
 def test_every_kind_becomes_numbers():
-    batch = to_batch([encode(rows(), SCHEMA, with_metadata=True)], Position(0, 0, 3))
+    batch = to_batch([encode(rows(), SCHEMA, extras=("metadata",))], Position(0, 0, 3))
     at = int(hash_ids(pa.array(["at"]))[0] % 1000)
     other = 1 + int(hash_ids(pa.array(["other"]))[0] % 4)
     assert bags(batch) == {
@@ -104,11 +104,72 @@ def test_every_kind_becomes_numbers():
     assert (batch.dense.dtype, batch.sparse.values.dtype, batch.sparse.lengths.dtype) == (torch.float32, torch.int64, torch.int32)
 
 
+TAUGHT = Schema(
+    features={"price": Numeric()},
+    labels={"click": Label(teacher="teacher_click"), "buy": Label(column="click")},
+    request="request",
+)
+ASKED = ("requests", "teacher")
+
+
+def test_requests_and_a_teacher_come_when_asked():
+    columns = {"request": pa.array(["b", None, "a", "b", None]), "teacher_click": pa.array([0, 1.0, None, 0.25, float("nan")])}
+    table = pa.RecordBatch.from_pydict({"price": [1.0] * 5, "click": [0] * 5, **columns})
+    plain = to_batch([encode(table, TAUGHT)], Position())
+    assert plain.requests is plain.teacher is None
+    encoded = encode(table, TAUGHT, extras=ASKED)
+    batch = to_batch([encoded], Position()).to("cpu")
+    at = {text: int(hash_ids(pa.array([text]))[0] >> np.uint64(1)) for text in "ab"}
+    assert batch.requests.tolist() == [at["b"], -2, at["a"], at["b"], -5]
+    torch.testing.assert_close(batch.teacher[:, 0], torch.tensor([0, 1, np.nan, 0.25, np.nan]), equal_nan=True)
+    assert batch.teacher[:, 1].isnan().all()
+    assert (batch.requests.dtype, batch.teacher.dtype, batch.metadata) == (torch.int64, torch.float32, None)
+    order = np.array([3, 4, 1, 0, 2])
+    other = to_batch([join([encoded.rows(3, 5), encoded.rows(1, 2)]), encoded.take(order).rows(3, 5)], Position())
+    assert other.requests.tolist() == [at["b"], -2, -3, at["b"], at["a"]]  # rows without a request stay apart over all pieces
+    torch.testing.assert_close(other.teacher, batch.teacher[order], equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        pa.array([7, 8, 7, None], pa.int16()),
+        pa.array([7.0, 8.0, 7.0, float("nan")]),
+        pa.array(["x", "y", "x", None]).dictionary_encode(),
+        pa.array([7, 8, 7, None]).dictionary_encode(),
+        pa.DictionaryArray.from_arrays(pa.array([1, 0, 1, 2]), pa.array(["y", "x", None])),
+        pa.array([7, 8, 7, None], pa.timestamp("us", "UTC")),
+        pa.array([True, False, True, None]),
+    ],
+    ids=lambda values: str(values.type),
+)
+def test_a_request_may_be_any_plain_value(values):
+    table = pa.RecordBatch.from_pydict({"price": [1.0] * 4, "click": [0] * 4, "request": values, "teacher_click": [0.5] * 4})
+    assert not list(check_columns(table.schema, TAUGHT, "here", extras=ASKED))
+    first, second, third, none = encode(table, TAUGHT, extras=ASKED).requests.tolist()
+    assert first == third != second
+    assert min(first, second) >= 0
+    assert none == -1
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.5, float("inf")])
+def test_what_is_no_probability_is_no_teacher(value):
+    table = pa.RecordBatch.from_pydict({"price": [1.0] * 2, "click": [0] * 2, "request": [1, 1], "teacher_click": [0.5, value]})
+    with pytest.raises(RowError, match=r"row 1, column 'teacher_click': expected a prediction in \[0, 1\]"):
+        encode(table, TAUGHT, extras=["teacher"])
+    wrong = table.set_column(3, "teacher_click", pa.array(["a", "b"]))
+    for extras in ([], ["teacher"]):
+        assert ["a probability" in str(error) for error in check_columns(wrong.schema, TAUGHT, "here", extras=extras)] == [True]
+    missing = table.drop_columns(["teacher_click"])
+    assert not list(check_columns(missing.schema, TAUGHT, "here", extras=["requests"]))
+    assert len(list(check_columns(missing.schema, TAUGHT, "here", extras=["teacher"]))) == 1
+
+
 def test_cutting_and_joining_loses_nothing():
-    whole = encode(rows(), SCHEMA, with_metadata=True)
+    whole = encode(rows(), SCHEMA, extras=("metadata",))
     order = np.array([2, 0, 1])
     pieces = to_batch([whole.take(order).rows(0, 1), whole.take(order).rows(1, 3)], Position())
-    together = to_batch([encode(rows().take(pa.array(order)), SCHEMA, with_metadata=True)], Position())
+    together = to_batch([encode(rows().take(pa.array(order)), SCHEMA, extras=("metadata",))], Position())
     assert bags(pieces) == bags(together)
     assert torch.equal(pieces.sparse.weights, together.sparse.weights)
     assert torch.equal(pieces.dense, together.dense)
@@ -131,7 +192,7 @@ def test_storage_may_vary():
         "click": pa.array([True, False, True]),
         "device": ROWS["device"].dictionary_encode(),
     }
-    assert not list(check_columns(rows(**changes).schema, SCHEMA, "here", with_metadata=True))
+    assert not list(check_columns(rows(**changes).schema, SCHEMA, "here", extras=("metadata",)))
     batch = to_batch([encode(rows(**changes), SCHEMA)], Position())
     assert bags(batch)["country"] == bags(to_batch([encode(rows(), SCHEMA)], Position()))["country"]
     assert batch.dense[:, 0].tolist() == [1, -1, 2]
@@ -181,7 +242,7 @@ def test_ids_out_of_range_may_be_hashed():
 def test_columns_that_do_not_fit_are_all_named():
     wrong = rows(item=pa.array(["a", "b", "c"]), price=pa.array(["1", "2", "3"]), tags=pa.array([1, 2, 3]), topics=ROWS["tags"])
     columns = wrong.drop_columns(["country"]).schema
-    messages = [str(error) for error in check_columns(columns, SCHEMA, "part-0.parquet", with_metadata=True)]
+    messages = [str(error) for error in check_columns(columns, SCHEMA, "part-0.parquet", extras=("metadata",))]
     assert len(messages) == 5
     assert messages[0].startswith("part-0.parquet, column 'country': expected a column of this name. Received: 'none'.")
     assert any("column 'item': expected int64. Received: 'string'" in message for message in messages)

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import dataclasses
+from itertools import pairwise
+
 import fsspec
 import numpy as np
 import pyarrow as pa
@@ -44,12 +47,12 @@ def folder(tmp_path):
     return tmp_path
 
 
-def source(folder, window=None, **options):
+def source(folder, window=None, schema=SCHEMA, extras=("metadata",), **options):
     data = {"batch_size": 32, "shuffle_rows": 50} | {
         key: options.pop(key) for key in ("batch_size", "shuffle_rows", "decode_threads") if key in options
     }
     config = DataConfig(path=str(folder), train=WindowConfig(), **data)
-    return ParquetSource(config, window or WindowConfig(), SCHEMA, with_metadata=True, **options)
+    return ParquetSource(config, window or WindowConfig(), schema, extras=extras, **options)
 
 
 def keys(batches):
@@ -102,6 +105,73 @@ def test_ranks_share_the_rows_out(folder, world_size, shuffle):
     together = sorted(key for part in parts for key in part)
     assert together == list(range(DAYS * ROWS))
     assert all(parts)
+
+
+REQUESTS = dataclasses.replace(SCHEMA, request="request")
+WITH_REQUESTS = {"schema": REQUESTS, "extras": ("metadata", "requests")}
+
+
+def write_requests(folder):
+    """Requests of one to seven rows, some over the border of two row groups; every eleventh row has none."""
+    requests = np.repeat(np.arange(DAYS * ROWS), np.random.default_rng(0).integers(1, 8, DAYS * ROWS))[: DAYS * ROWS]
+    for number in range(DAYS):
+        own = [None if row % 11 == 0 else int(requests[row]) for row in range(number * ROWS, (number + 1) * ROWS)]
+        file = folder / f"date=2026-01-0{number + 1}" / "part-0.parquet"
+        pq.write_table(day(number, request=pa.array(own, pa.int64() if number else pa.float64())), file, row_group_size=GROUP)
+    return requests
+
+
+def test_rows_of_a_request_stay_together(folder):
+    requests = write_requests(folder)
+    reader = source(folder, shuffle=True, shuffle_rows=10_000, **WITH_REQUESTS)  # all rows in one window
+    batches = list(reader.batches())
+    seen = keys(batches)
+    assert sorted(seen) == list(range(DAYS * ROWS))
+    assert seen == keys(source(folder, shuffle=True, shuffle_rows=10_000, **WITH_REQUESTS).batches())
+    assert seen != keys(source(folder, shuffle=True, shuffle_rows=10_000, seed=1, **WITH_REQUESTS).batches())
+    runs = [-1 - key if key % 11 == 0 else requests[key] for key in seen]
+    distinct = list(dict.fromkeys(runs))
+    places = [runs.index(run) for run in distinct]
+    assert all(runs[place : place + runs.count(run)] == [run] * runs.count(run) for run, place in zip(distinct, places, strict=True))
+    named = [run for run in distinct if run >= 0]
+    assert named != sorted(named)
+    for run in distinct:  # row groups come in a random order; what one of them holds of a request stays as it was
+        rows_of_run = [key for key, own in zip(seen, runs, strict=True) if own == run]
+        group_of = {key: (key // ROWS, key % ROWS // GROUP) for key in rows_of_run}
+        assert all(first < then for first, then in pairwise(rows_of_run) if group_of[first] == group_of[then])
+    for batch in batches:
+        stored = [f"none {row}" if value is None else value for row, value in enumerate(batch.metadata.column("request").to_pylist())]
+        same = torch.tensor([[one == other for other in stored] for one in stored])
+        assert torch.equal(batch.requests.unsqueeze(0) == batch.requests.unsqueeze(1), same)
+
+
+def test_a_source_of_whole_requests_continues_and_is_shared_out(folder):
+    write_requests(folder)
+    options = {"shuffle": True, "num_epochs": 2, "seed": 1} | WITH_REQUESTS
+    batches = list(source(folder, **options).batches())
+    for place in range(0, len(batches), 5):
+        rest = list(source(folder, **options).batches(batches[place].position))
+        assert keys(rest) == keys(batches[place + 1 :])
+        assert all(torch.equal(batch.requests, other.requests) for batch, other in zip(rest, batches[place + 1 :], strict=True))
+    parts = [keys(source(folder, **(options | {"num_epochs": 1}), rank=rank, world_size=2).batches()) for rank in range(2)]
+    assert sorted(parts[0] + parts[1]) == list(range(DAYS * ROWS))
+
+
+def test_extras_leave_the_order_of_files_and_of_plain_shuffling_alone(folder):
+    write_requests(folder)
+    assert keys(source(folder, **WITH_REQUESTS).batches()) == list(range(DAYS * ROWS))
+    plain = keys(source(folder, shuffle=True).batches())
+    assert keys(source(folder, shuffle=True, schema=REQUESTS).batches()) == plain
+    labels = {"click": Label(teacher="x")}
+    with pytest.raises(DataError, match=r"column 'x': expected a prediction in \[0, 1\]\. Received: 2\.0\."):
+        list(source(folder, schema=dataclasses.replace(SCHEMA, labels=labels), extras=["teacher"]).batches())
+
+
+def test_requests_need_their_column(folder):
+    with pytest.raises(ConfigError, match=r"schema\.request: expected the column"):
+        source(folder, extras=["requests"])
+    with pytest.raises(Problems, match=r"column 'request': expected a column of this name"):
+        source(folder, **WITH_REQUESTS)
 
 
 def test_any_fsspec_url_can_be_read(folder):

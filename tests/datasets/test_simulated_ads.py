@@ -174,7 +174,7 @@ def test_drift_moves_the_later_days(small, tmp_path):
 def test_the_example_schema_reads_every_row(tmp_path):
     simulate(SimulationConfig(num_days=1, rows_per_day=5000), tmp_path / "ads")
     schema = from_plain(yaml.safe_load(SCHEMA.read_text())["schema"], Schema, "schema")
-    reader = ParquetSource(DataConfig(path=str(tmp_path / "ads"), train=WindowConfig()), WindowConfig(), schema, with_metadata=True)
+    reader = ParquetSource(DataConfig(path=str(tmp_path / "ads"), train=WindowConfig()), WindowConfig(), schema, extras=("metadata",))
     assert sum(len(batch) for batch in reader.batches()) == 5000
     never = {"true_click_probability", "true_conversion_probability", "conversion_time", "conversion"}
     inputs = {key.column for key in schema.sparse_keys} | {column.column for column in schema.dense_columns}
