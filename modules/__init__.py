@@ -3,6 +3,7 @@
 from mlenv.modules.cross_net import CrossNet, CrossNetConfig
 from mlenv.modules.crossing_stack import CrossingEnsemble, CrossingEnsembleConfig, CrossingStack, CrossingStackConfig
 from mlenv.modules.crossings import CROSSINGS, CrossingConfig
+from mlenv.modules.delayed_feedback import FakeNegativeWeightedConfig, FakeNegativeWeightedLoss
 from mlenv.modules.dot_interaction import DotInteraction, DotInteractionConfig
 from mlenv.modules.embeddings import ENGINES, EmbeddedFeatures, EmbeddedSequence, Embeddings, TorchEmbeddings, TorchRecEmbeddings
 from mlenv.modules.entire_space_heads import EntireSpaceHeads
@@ -14,16 +15,24 @@ from mlenv.modules.final_mlp import FinalMLP, FinalMLPConfig
 from mlenv.modules.gated_cross_net import GatedCrossNet, GatedCrossNetConfig
 from mlenv.modules.heads import TaskHeads
 from mlenv.modules.hstu import HSTU, HSTUConfig
-from mlenv.modules.losses import weighted_binary_cross_entropy
+from mlenv.modules.losses import LOSSES, LossConfig, weighted_binary_cross_entropy
 from mlenv.modules.low_rank_cross_net import LowRankCrossNet, LowRankCrossNetConfig
 from mlenv.modules.masknet import MaskNet, MaskNetConfig
 from mlenv.modules.mean_pooling import MeanPooling, MeanPoolingConfig
 from mlenv.modules.mlp import MLP, MLPConfig
 from mlenv.modules.mmoe import MMoE, MMoEConfig
+from mlenv.modules.noise_robust_losses import (
+    GeneralizedCrossEntropy,
+    GeneralizedCrossEntropyConfig,
+    SymmetricCrossEntropy,
+    SymmetricCrossEntropyConfig,
+)
 from mlenv.modules.normalization import NumericNormalization
+from mlenv.modules.pointwise_losses import BinaryCrossEntropy, BinaryCrossEntropyConfig, FocalLoss, FocalLossConfig
 from mlenv.modules.progressive_experts import ProgressiveExperts, ProgressiveExpertsConfig
 from mlenv.modules.ranker import Ranker, RankerConfig
 from mlenv.modules.representation import Representation
+from mlenv.modules.request_losses import ListwiseLoss, ListwiseLossConfig, PairwiseLoss, PairwiseLossConfig
 from mlenv.modules.shared_bottom import SharedBottom, SharedBottomConfig
 from mlenv.modules.target_attention import TargetAttention, TargetAttentionConfig
 from mlenv.modules.trans_act import TransAct, TransActConfig
@@ -32,9 +41,12 @@ __all__ = [
     "CROSSINGS",
     "ENGINES",
     "HSTU",
+    "LOSSES",
     "MLP",
     "AutoInt",
     "AutoIntConfig",
+    "BinaryCrossEntropy",
+    "BinaryCrossEntropyConfig",
     "CrossNet",
     "CrossNetConfig",
     "CrossingConfig",
@@ -52,14 +64,23 @@ __all__ = [
     "ExpertNetworks",
     "FactorizationMachine",
     "FactorizationMachineConfig",
+    "FakeNegativeWeightedConfig",
+    "FakeNegativeWeightedLoss",
     "FieldTokens",
     "FieldTransformer",
     "FieldTransformerConfig",
     "FinalMLP",
     "FinalMLPConfig",
+    "FocalLoss",
+    "FocalLossConfig",
     "GatedCrossNet",
     "GatedCrossNetConfig",
+    "GeneralizedCrossEntropy",
+    "GeneralizedCrossEntropyConfig",
     "HSTUConfig",
+    "ListwiseLoss",
+    "ListwiseLossConfig",
+    "LossConfig",
     "LowRankCrossNet",
     "LowRankCrossNetConfig",
     "MLPConfig",
@@ -70,6 +91,8 @@ __all__ = [
     "MeanPooling",
     "MeanPoolingConfig",
     "NumericNormalization",
+    "PairwiseLoss",
+    "PairwiseLossConfig",
     "ProgressiveExperts",
     "ProgressiveExpertsConfig",
     "Ranker",
@@ -77,6 +100,8 @@ __all__ = [
     "Representation",
     "SharedBottom",
     "SharedBottomConfig",
+    "SymmetricCrossEntropy",
+    "SymmetricCrossEntropyConfig",
     "TargetAttention",
     "TargetAttentionConfig",
     "TaskHeads",
