@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mlenv.batch import Batch, Position
 from mlenv.errors import ConfigError
 from mlenv.loops.learning_rate import LinearDecay
-from mlenv.modules.losses import weighted_binary_cross_entropy
+from mlenv.modules.objective import Objective
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,9 @@ class StepOutput:
     position: Position
     """Where the source continues after the batch that was trained."""
     losses: Tensor
-    """``(tasks,)`` float32, mean loss of each task, on the device: reading it waits for the step."""
+    """``(terms,)`` float32, mean of each term of the objective, on the device: reading it waits for the step."""
     weights: Tensor
-    """``(tasks,)`` float32, sum of the weights that each loss is a mean over."""
+    """``(terms,)`` float32, sum of the weights that each term is a mean over."""
 
 
 class TrainStep(Protocol):
@@ -42,7 +42,7 @@ class EagerStep:
 
     Args:
         optimizers: each is stepped after every backward pass; tables with a fused optimizer need none.
-        task_weights: ``(tasks,)`` weight of each task's loss in the sum.
+        objective: what the logits are measured by; its own parameters are among those of the optimizers.
         clip: parameters whose joint gradient norm is limited, and the limit; no limit at 0.
         decay: lowers the learning rates of all optimizers; None keeps them.
     """
@@ -52,13 +52,12 @@ class EagerStep:
         fabric: Fabric,
         model: nn.Module,
         optimizers: list[torch.optim.Optimizer],
-        task_weights: Tensor,
+        objective: Objective,
         clip: tuple[list[nn.Parameter], float],
         decay: LinearDecay | None,
     ) -> None:
         self._fabric, self._model, self._optimizers = fabric, model, optimizers
-        self._clip, self._decay = clip, decay
-        self._task_weights = task_weights.to(fabric.device)
+        self._objective, self._clip, self._decay = objective, clip, decay
 
     def advance(self, batches: Iterator[Batch]) -> StepOutput | None:
         """Trains on the next batch; None when there is none."""
@@ -71,15 +70,20 @@ class EagerStep:
             self._decay.advance()
         with self._fabric.autocast():
             logits = self._model(batch)
-        if logits.shape != batch.labels.shape:
-            expected = f"logits of shape (batch, tasks) = {tuple(batch.labels.shape)}"
-            raise ConfigError("model", expected=expected, received=tuple(logits.shape), fix="return one column per task of schema.labels")
-        losses = weighted_binary_cross_entropy(logits, batch.labels, batch.weights)
-        self._fabric.backward((losses * self._task_weights).sum())
+        check_logits(logits, batch)
+        losses = self._objective(logits, batch)
+        self._objective.backward(losses, self._fabric.backward)
         parameters, norm = self._clip
         if norm:
             nn.utils.clip_grad_norm_(parameters, norm)
         for optimizer in self._optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        return StepOutput(len(batch), batch.position, losses.detach(), batch.weights.sum(0))
+        return StepOutput(len(batch), batch.position, losses.terms, losses.weights)
+
+
+def check_logits(logits: Tensor, batch: Batch) -> None:
+    """Raises ConfigError unless a model gives one logit per example and task."""
+    if logits.shape != batch.labels.shape:
+        expected = f"logits of shape (batch, tasks) = {tuple(batch.labels.shape)}"
+        raise ConfigError("model", expected=expected, received=tuple(logits.shape), fix="return one column per task of schema.labels")

@@ -35,7 +35,8 @@ CONFIG = "config.yaml"
 class RunOptions:
     """How often a run writes, and what it writes about itself."""
 
-    tasks: tuple[str, ...]
+    terms: tuple[str, ...]
+    """Names of the terms of the objective, such as ``click/loss``."""
     log_every_steps: int
     keep_checkpoints: int
     total_steps: int
@@ -56,6 +57,7 @@ class TrainingRun:
         check: refuses the config of a checkpoint that the training cannot continue from.
         started: is told when the training begins or continues, and nothing can refuse it any more.
         validate: measures the model on held-out rows: ``task/metric`` to value.
+        gauges: what else to record of the training, by name; asked for when the losses are recorded.
     """
 
     def __init__(
@@ -68,12 +70,14 @@ class TrainingRun:
         check: Callable[[Path, str], None],
         started: Callable[[], None],
         validate: Callable[[], Mapping[str, float]],
+        gauges: Callable[[], Mapping[str, float]],
     ) -> None:
         self.journal = Journal(output / JOURNAL_FILE)
         self._checkpoints, self._options = output / CHECKPOINT_FOLDER, options
-        self._state, self._begin, self._check, self._started, self._validate = state, begin, check, started, validate
+        self._state, self._begin, self._check, self._started = state, begin, check, started
+        self._validate, self._gauges = validate, gauges
         # What was seen since the last record; part of the checkpoint, so that a resumed run logs the same numbers.
-        self._sums = {name: torch.zeros(len(options.tasks), dtype=torch.float64) for name in ("losses", "weights")}
+        self._sums = {name: torch.zeros(len(options.terms), dtype=torch.float64) for name in ("losses", "weights")}
         self._seconds, self._examples = time.perf_counter(), 0
         self._bar: tqdm[Any] | None = None
 
@@ -126,10 +130,10 @@ class TrainingRun:
 
     def _check_finite(self, progress: Progress) -> None:
         """Refuses to write a model whose loss is no number any more: the checkpoints before it are worth more."""
-        for task, loss in zip(self._options.tasks, self._sums["losses"].tolist(), strict=True):
+        for term, loss in zip(self._options.terms, self._sums["losses"].tolist(), strict=True):
             if not math.isfinite(loss):
                 fix = "lower the learning rates, or set optimizer.gradient_clip_norm; the same command goes on from the last checkpoint"
-                raise TrainingError(f"step {progress.step}: the loss of task {task!r} is {loss}. Fix: {fix}.")
+                raise TrainingError(f"step {progress.step}: {term!r} is {loss}. Fix: {fix}.")
 
     def close(self) -> None:
         """Ends the progress bar."""
@@ -155,11 +159,12 @@ class TrainingRun:
         self._check_finite(progress)
         losses = self._means(self._sums["losses"], self._sums["weights"])
         now = time.perf_counter()
-        values = {f"train/{task}/loss": loss for task, loss in zip(self._options.tasks, losses, strict=True)}
+        values = dict(zip(self._options.terms, losses, strict=True))
+        recorded = {f"train/{name}": value for name, value in {**values, **self._gauges()}.items()}
         rate = (progress.examples - self._examples) / max(now - self._seconds, 1e-9)
-        self.journal.append(progress.step, {"examples": progress.examples, **values, "train/examples_per_second": rate})
+        self.journal.append(progress.step, {"examples": progress.examples, **recorded, "train/examples_per_second": rate})
         if self._bar is not None:
-            shown = {task: f"{loss:.4f}" for task, loss in zip(self._options.tasks, losses, strict=True)}
+            shown = {term.removesuffix("/loss"): f"{loss:.4f}" for term, loss in values.items()}
             self._bar.set_postfix({**shown, "rows/s": f"{rate:,.0f}"}, refresh=False)
         self._sums = {name: torch.zeros_like(sums) for name, sums in self._sums.items()}
         self._seconds, self._examples = now, progress.examples

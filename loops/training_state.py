@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,9 +19,16 @@ def model_tensors(model: nn.Module) -> dict[str, Any]:
     return {_canonical(name): tensor for name, tensor in model.state_dict().items()}
 
 
-def optimizer_tensors(model: nn.Module, adam: torch.optim.Optimizer, tables: RowWiseAdagrad | None) -> dict[str, Any]:
-    """State of the optimizers, by parameter. ``tables`` is None when no table is plain."""
+def parameter_names(model: nn.Module, objective: nn.Module) -> dict[Tensor, str]:
+    """Names of all that is trained, as they stand in a checkpoint."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    return names | {parameter: f"objective.{name}" for name, parameter in objective.named_parameters()}
+
+
+def optimizer_tensors(
+    model: nn.Module, names: Mapping[Tensor, str], adam: torch.optim.Optimizer, tables: RowWiseAdagrad | None
+) -> dict[str, Any]:
+    """State of the optimizers, by the name of the parameter. ``tables`` is None when no table is plain."""
     tensors: dict[str, Any] = {}
     for optimizer in (adam, tables) if tables is not None else (adam,):
         for parameter, state in optimizer.state.items():

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from torchrec import KeyedJaggedTensor
 
+    from mlenv.schema import Schema
+
 
 @dataclass(frozen=True)
 class Position:
@@ -114,3 +116,13 @@ class Batch:
         present = {name: part for name in names if (part := getattr(self, name)) is not None}
         moved = {name: part.to(device, non_blocking=non_blocking) for name, part in present.items()}
         return replace(self, **moved)
+
+
+def example_batch(schema: Schema, num_rows: int = 2) -> Batch:
+    """Rows in which every feature is missing: enough to see what shapes a model gives."""
+    keys = tuple(key.name for key in schema.sparse_keys)
+    weights = torch.zeros(0) if any(key.group == "weighted_bag" for key in schema.sparse_keys) else None
+    no_ids, no_lengths = torch.zeros(0, dtype=torch.int64), torch.zeros(len(keys) * num_rows, dtype=torch.int32)
+    sparse = SparseFeatures(keys, no_ids, no_lengths, (0,) * len(keys), weights)
+    targets = torch.zeros(num_rows, len(schema.tasks))
+    return Batch(sparse, torch.zeros(num_rows, schema.num_dense), targets, targets)

@@ -176,9 +176,9 @@ def _with_config(run: Callable[[ExperimentConfig, argparse.Namespace], int], opt
 
 def _show(config: ExperimentConfig) -> int:
     from mlenv.composition import to_yaml
-    from mlenv.modules.model_check import check_model
+    from mlenv.dry_run import check_parts
 
-    check_model(config.model, config.schema)
+    check_parts(config)
     print(to_yaml(config), end="")
     return DONE
 

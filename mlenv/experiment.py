@@ -15,7 +15,7 @@ from lightning.fabric import Fabric
 from omegaconf import OmegaConf
 from torch import nn
 
-from mlenv.batch import Extra
+from mlenv.batch import Extra, example_batch
 from mlenv.composition import from_plain, to_plain, to_yaml
 from mlenv.config import ExperimentConfig
 from mlenv.datasets.parquet_source import ParquetSource
@@ -27,9 +27,10 @@ from mlenv.loops.optimizers import RowWiseAdagrad, build_adam, dense_parameters,
 from mlenv.loops.sharding import shard
 from mlenv.loops.train_step import EagerStep
 from mlenv.loops.training_run import CHECKPOINT_FOLDER, CONFIG, RunOptions, TrainingRun
-from mlenv.loops.training_state import model_tensors, optimizer_tensors
-from mlenv.modules import ENGINES, NumericNormalization
+from mlenv.loops.training_state import model_tensors, optimizer_tensors, parameter_names
+from mlenv.modules import ENGINES, NumericNormalization, Objective, gate_gauges
 from mlenv.schema import Schema
+from mlenv.teacher import teacher_of
 from mlenv.tracking import MlflowTracker, run_tags
 
 logger = logging.getLogger(__name__)
@@ -88,14 +89,24 @@ class Experiment:
         return model
 
     @cached_property
+    def objective(self) -> Objective:
+        """What the training lowers; its teacher, if it has one, is loaded with it."""
+        config, device = self.config.objective, self.fabric.device
+        teach = teacher_of(config.distillation, self.schema, device, self.config.tracking.uri)
+        probe = example_batch(self.schema).to(device)
+        model, tasks = self.model, self.schema.tasks
+        with torch.random.fork_rng():  # dropout goes on with the same numbers, whatever the objective draws
+            torch.manual_seed(self.config.seed)
+            return Objective(config, tasks, model, teach=teach, num_steps=self.total_steps, probe=probe).to(device)
+
+    @cached_property
     def step(self) -> EagerStep:
         """One step of training."""
-        weights = [self.config.objective.task_weights.get(task, 1.0) for task in self.schema.tasks]
         clip = dense_parameters(self.model), self.config.optimizer.gradient_clip_norm
         decay = None
         if self.config.loop.learning_rate_decay == "linear":
             decay = LinearDecay(self.optimizers, getattr(self.model, "fused_optimizer", None), self.total_steps)
-        return EagerStep(self.fabric, self.model, self.optimizers, torch.tensor(weights), clip, decay)
+        return EagerStep(self.fabric, self.model, self.optimizers, self.objective, clip, decay)
 
     @cached_property
     def total_steps(self) -> int:
@@ -114,7 +125,7 @@ class Experiment:
         self._occupy()
         source, loop = self.source("train"), self.config.loop
         options = RunOptions(
-            tasks=self.schema.tasks,
+            terms=self.objective.terms,
             log_every_steps=loop.log_every_steps,
             keep_checkpoints=loop.keep_checkpoints,
             total_steps=self.total_steps,
@@ -129,6 +140,7 @@ class Experiment:
             check=self._check_resumable,
             started=self._record_start,
             validate=self._validate,
+            gauges=self._gauges,
         )
 
     def source(self, split: Split) -> ParquetSource:
@@ -159,6 +171,13 @@ class Experiment:
         """Adds a file or a folder to the tracked run."""
         if self._tracker is not None:
             self._tracker.log_artifact(path, folder)
+
+    @property
+    def _extras(self) -> tuple[Extra, ...]:
+        """What the objective reads of the training rows beside features and labels."""
+        objective = self.config.objective
+        wanted: dict[Extra, bool] = {"requests": objective.reads_requests, "teacher": objective.reads_teacher_columns}
+        return tuple(extra for extra, is_wanted in wanted.items() if is_wanted)
 
     @property
     def facts(self) -> dict[str, str]:
@@ -193,7 +212,7 @@ class Experiment:
         window = getattr(data, split)
         if window is None:
             raise ConfigError(f"data.{split}", expected="a window", received=None, fix=f"set data.{split}.start and end, or path")
-        extras: tuple[Extra, ...] = () if is_training else ("metadata",)
+        extras: tuple[Extra, ...] = self._extras if is_training else ("metadata",)
         return ParquetSource(
             data,
             window,
@@ -206,7 +225,7 @@ class Experiment:
 
     @cached_property
     def _adam(self) -> torch.optim.Optimizer:
-        return build_adam(dense_parameters(self.model), self.config.optimizer)
+        return build_adam([*dense_parameters(self.model), *self.objective.parameters()], self.config.optimizer)
 
     @cached_property
     def _table_optimizer(self) -> RowWiseAdagrad | None:
@@ -214,7 +233,12 @@ class Experiment:
         return RowWiseAdagrad(tables, self.config.embeddings) if tables else None
 
     def _tensors(self) -> dict[str, Any]:
-        return {**model_tensors(self.model), **optimizer_tensors(self.model, self._adam, self._table_optimizer)}
+        objective = {f"objective.{name}": tensor for name, tensor in self.objective.state_dict().items()}
+        names = parameter_names(self.model, self.objective)
+        return {**model_tensors(self.model), **objective, **optimizer_tensors(self.model, names, self._adam, self._table_optimizer)}
+
+    def _gauges(self) -> dict[str, float]:
+        return {**self.objective.gauges(), **gate_gauges(self.model)}
 
     def _fit_normalization(self) -> None:
         batches = -(-NORMALIZATION_ROWS // self.config.data.batch_size)

@@ -4,10 +4,11 @@ from mlenv.modules.cross_net import CrossNet, CrossNetConfig
 from mlenv.modules.crossing_stack import CrossingEnsemble, CrossingEnsembleConfig, CrossingStack, CrossingStackConfig
 from mlenv.modules.crossings import CROSSINGS, CrossingConfig
 from mlenv.modules.delayed_feedback import FakeNegativeWeightedConfig, FakeNegativeWeightedLoss
+from mlenv.modules.distillation import Distillation, Taught, pairwise_divergence, soft_label_divergence
 from mlenv.modules.dot_interaction import DotInteraction, DotInteractionConfig
 from mlenv.modules.embeddings import ENGINES, EmbeddedFeatures, EmbeddedSequence, Embeddings, TorchEmbeddings, TorchRecEmbeddings
 from mlenv.modules.entire_space_heads import EntireSpaceHeads
-from mlenv.modules.experts import ExpertGates, ExpertNetworks
+from mlenv.modules.experts import ExpertGates, ExpertNetworks, gate_gauges
 from mlenv.modules.factorization_machine import FactorizationMachine, FactorizationMachineConfig
 from mlenv.modules.field_attention import AutoInt, AutoIntConfig, FieldTransformer, FieldTransformerConfig
 from mlenv.modules.field_tokens import FieldTokens
@@ -15,7 +16,7 @@ from mlenv.modules.final_mlp import FinalMLP, FinalMLPConfig
 from mlenv.modules.gated_cross_net import GatedCrossNet, GatedCrossNetConfig
 from mlenv.modules.heads import TaskHeads
 from mlenv.modules.hstu import HSTU, HSTUConfig
-from mlenv.modules.losses import LOSSES, LossConfig, weighted_binary_cross_entropy
+from mlenv.modules.losses import weighted_binary_cross_entropy
 from mlenv.modules.low_rank_cross_net import LowRankCrossNet, LowRankCrossNetConfig
 from mlenv.modules.masknet import MaskNet, MaskNetConfig
 from mlenv.modules.mean_pooling import MeanPooling, MeanPoolingConfig
@@ -28,6 +29,7 @@ from mlenv.modules.noise_robust_losses import (
     SymmetricCrossEntropyConfig,
 )
 from mlenv.modules.normalization import NumericNormalization
+from mlenv.modules.objective import Losses, Objective
 from mlenv.modules.pointwise_losses import BinaryCrossEntropy, BinaryCrossEntropyConfig, FocalLoss, FocalLossConfig
 from mlenv.modules.progressive_experts import ProgressiveExperts, ProgressiveExpertsConfig
 from mlenv.modules.ranker import Ranker, RankerConfig
@@ -35,13 +37,13 @@ from mlenv.modules.representation import Representation
 from mlenv.modules.request_losses import ListwiseLoss, ListwiseLossConfig, PairwiseLoss, PairwiseLossConfig
 from mlenv.modules.shared_bottom import SharedBottom, SharedBottomConfig
 from mlenv.modules.target_attention import TargetAttention, TargetAttentionConfig
+from mlenv.modules.task_balance import GradNorm, GradNormConfig, PCGrad, PCGradConfig, UncertaintyConfig, UncertaintyWeights
 from mlenv.modules.trans_act import TransAct, TransActConfig
 
 __all__ = [
     "CROSSINGS",
     "ENGINES",
     "HSTU",
-    "LOSSES",
     "MLP",
     "AutoInt",
     "AutoIntConfig",
@@ -54,6 +56,7 @@ __all__ = [
     "CrossingEnsembleConfig",
     "CrossingStack",
     "CrossingStackConfig",
+    "Distillation",
     "DotInteraction",
     "DotInteractionConfig",
     "EmbeddedFeatures",
@@ -77,10 +80,12 @@ __all__ = [
     "GatedCrossNetConfig",
     "GeneralizedCrossEntropy",
     "GeneralizedCrossEntropyConfig",
+    "GradNorm",
+    "GradNormConfig",
     "HSTUConfig",
     "ListwiseLoss",
     "ListwiseLossConfig",
-    "LossConfig",
+    "Losses",
     "LowRankCrossNet",
     "LowRankCrossNetConfig",
     "MLPConfig",
@@ -91,6 +96,9 @@ __all__ = [
     "MeanPooling",
     "MeanPoolingConfig",
     "NumericNormalization",
+    "Objective",
+    "PCGrad",
+    "PCGradConfig",
     "PairwiseLoss",
     "PairwiseLossConfig",
     "ProgressiveExperts",
@@ -105,9 +113,15 @@ __all__ = [
     "TargetAttention",
     "TargetAttentionConfig",
     "TaskHeads",
+    "Taught",
     "TorchEmbeddings",
     "TorchRecEmbeddings",
     "TransAct",
     "TransActConfig",
+    "UncertaintyConfig",
+    "UncertaintyWeights",
+    "gate_gauges",
+    "pairwise_divergence",
+    "soft_label_divergence",
     "weighted_binary_cross_entropy",
 ]

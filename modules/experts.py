@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol, cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -91,6 +93,24 @@ class ExpertGates(nn.Module):
         if self.training:
             self.mean_weights = weights.detach().mean(dim=0)
         return weights
+
+
+class Gated(Protocol):
+    """A part of a model that weighs experts."""
+
+    def gate_weights(self) -> dict[str, Tensor]:
+        """Mean weight of each expert in the last training step, ``(experts,)`` by gate, on the device."""
+        ...
+
+
+def gate_gauges(model: nn.Module) -> dict[str, float]:
+    """Mean weight of each expert at each gate of a model in the last training step, by name; waits for the device."""
+    gauges: dict[str, float] = {}
+    for part in model.modules():
+        if hasattr(part, "gate_weights"):
+            for gate, weights in cast("Gated", part).gate_weights().items():
+                gauges |= {f"gate/{gate}/expert_{place}": weight for place, weight in enumerate(weights.tolist())}
+    return gauges
 
 
 def check_experts(key: str, config: MLPConfig) -> None:

@@ -1,36 +1,9 @@
-"""What a loss is, and the table to choose one from; the plain one as a function."""
+"""Means of losses, and the plain loss. The table to choose a loss from is in ``mlenv.config``."""
 
 from __future__ import annotations
 
-from typing import ClassVar, Protocol
-
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
-
-
-class LossConfig(Protocol):
-    """Builds a module ``(logits, labels, weights, requests) -> (tasks,)``, the mean loss of each task over what counts.
-
-    ``logits``, ``labels`` in [0, 1] and ``weights`` >= 0 are ``(batch, tasks)`` float32; ``requests`` is ``(batch,)`` int64
-    as in ``Batch``, or None where ``reads_requests`` is False. A weight of 0 hides an example from a task; a row of weight 2
-    counts as two rows. A task for which nothing counts has the loss 0 and no gradient.
-    """
-
-    reads_requests: ClassVar[bool]
-
-    def build(self) -> nn.Module: ...
-
-
-LOSSES: dict[str, type | str] = {
-    "binary_cross_entropy": "mlenv.modules.pointwise_losses:BinaryCrossEntropyConfig",
-    "fake_negative_weighted": "mlenv.modules.delayed_feedback:FakeNegativeWeightedConfig",
-    "focal": "mlenv.modules.pointwise_losses:FocalLossConfig",
-    "generalized_cross_entropy": "mlenv.modules.noise_robust_losses:GeneralizedCrossEntropyConfig",
-    "listwise": "mlenv.modules.request_losses:ListwiseLossConfig",
-    "pairwise": "mlenv.modules.request_losses:PairwiseLossConfig",
-    "symmetric_cross_entropy": "mlenv.modules.noise_robust_losses:SymmetricCrossEntropyConfig",
-}
-"""Losses by kind. Import paths, because all of them use the functions below."""
 
 
 def weighted_binary_cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:

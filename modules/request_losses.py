@@ -44,7 +44,7 @@ class PairwiseLoss(nn.Module):
     def forward(self, logits: Tensor, labels: Tensor, weights: Tensor, requests: Tensor | None) -> Tensor:
         """Shapes are those of ``LossConfig``."""
         positive, negative = weights * labels, weights * (1 - labels)
-        better, worse = _pairs(_numbered(requests), (positive > 0).any(1), (negative > 0).any(1))
+        better, worse = request_pairs(number_requests(requests), (positive > 0).any(1), (negative > 0).any(1))
         losses = functional.softplus(logits.index_select(0, worse) - logits.index_select(0, better))
         pair_weights = positive[better] * negative[worse] * (better != worse).unsqueeze(1)
         ranking = weighted_mean(losses, pair_weights)
@@ -81,14 +81,14 @@ class ListwiseLoss(nn.Module):
 
     def forward(self, logits: Tensor, labels: Tensor, weights: Tensor, requests: Tensor | None) -> Tensor:
         """Shapes are those of ``LossConfig``."""
-        own = _numbered(requests)
+        own = number_requests(requests)
         has_negative = _sum_by(own, weights * (1 - labels)) > 0
         positive = weights * labels * has_negative.index_select(0, own)
         losses = _log_sum_exp_by(own, logits + weights.log()).index_select(0, own) - logits
         return weighted_mean(losses, positive) + self.cross_entropy * weighted_binary_cross_entropy(logits, labels, weights)
 
 
-def _numbered(requests: Tensor | None) -> Tensor:
+def number_requests(requests: Tensor | None) -> Tensor:
     """Requests as numbers from 0 on."""
     if requests is None:
         raise ConfigError("requests", expected="the request of every row", received=None, fix="read the batches with the extra 'requests'")
@@ -96,7 +96,7 @@ def _numbered(requests: Tensor | None) -> Tensor:
     return numbers
 
 
-def _pairs(own: Tensor, is_left: Tensor, is_right: Tensor) -> tuple[Tensor, Tensor]:
+def request_pairs(own: Tensor, is_left: Tensor, is_right: Tensor) -> tuple[Tensor, Tensor]:
     """All pairs of a left and a right row of the same request, as row numbers.
 
     The right rows are sorted by request, so that the partners of a left row are a range of them.

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from mlenv.config import LOSSES
 from mlenv.kinds import class_of
 from mlenv.modules import (
-    LOSSES,
     BinaryCrossEntropyConfig,
     FakeNegativeWeightedConfig,
     FocalLossConfig,

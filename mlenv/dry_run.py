@@ -1,0 +1,35 @@
+"""Finding out whether a config can be trained, without its data and without the memory of its tables."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from mlenv.batch import example_batch
+from mlenv.config import EmbeddingsConfig, ExperimentConfig
+from mlenv.loops.train_step import check_logits
+from mlenv.modules import Objective, TorchEmbeddings
+from mlenv.schema import Table
+from mlenv.teacher import teacher_of
+
+
+def check_parts(config: ExperimentConfig) -> None:
+    """Builds the model over tables of one row each, gives it rows without features, builds what it is measured by, drops all.
+
+    Raises:
+        ConfigError: the model does not fit the schema, parts of it do not fit each other, or the teacher does not fit either.
+        CheckpointError: the teacher's checkpoint is damaged.
+    """
+    schema = config.schema
+    tables = {
+        name: Table(num_embeddings=1, embedding_dim=table.embedding_dim, ids="hash", pooling=table.pooling)
+        for name, table in schema.tables.items()
+    }
+    small = replace(schema, tables=tables)
+    model = config.model.build(small, TorchEmbeddings(small, EmbeddingsConfig(), seed=0))
+    probe = example_batch(schema)
+    with torch.no_grad():
+        check_logits(model.eval()(probe), probe)
+    teach = teacher_of(config.objective.distillation, schema, torch.device("cpu"), config.tracking.uri)
+    Objective(config.objective, schema.tasks, model, teach=teach, probe=probe)
