@@ -15,7 +15,17 @@ from mlenv.modules.field_tokens import FieldTokens
 from mlenv.modules.final_mlp import FinalMLP, FinalMLPConfig
 from mlenv.modules.gated_cross_net import GatedCrossNet, GatedCrossNetConfig
 from mlenv.modules.heads import TaskHeads
+from mlenv.modules.histogram_calibration import HistogramCalibrator, HistogramConfig
 from mlenv.modules.hstu import HSTU, HSTUConfig
+from mlenv.modules.isotonic_calibration import IsotonicCalibrator, IsotonicConfig
+from mlenv.modules.logistic_calibration import (
+    AffineCalibrator,
+    LogisticConfig,
+    NegativeSamplingConfig,
+    PlattConfig,
+    SegmentCalibrator,
+    TemperatureConfig,
+)
 from mlenv.modules.losses import weighted_binary_cross_entropy
 from mlenv.modules.low_rank_cross_net import LowRankCrossNet, LowRankCrossNetConfig
 from mlenv.modules.masknet import MaskNet, MaskNetConfig
@@ -45,6 +55,7 @@ __all__ = [
     "ENGINES",
     "HSTU",
     "MLP",
+    "AffineCalibrator",
     "AutoInt",
     "AutoIntConfig",
     "BinaryCrossEntropy",
@@ -83,8 +94,13 @@ __all__ = [
     "GradNorm",
     "GradNormConfig",
     "HSTUConfig",
+    "HistogramCalibrator",
+    "HistogramConfig",
+    "IsotonicCalibrator",
+    "IsotonicConfig",
     "ListwiseLoss",
     "ListwiseLossConfig",
+    "LogisticConfig",
     "Losses",
     "LowRankCrossNet",
     "LowRankCrossNetConfig",
@@ -95,17 +111,20 @@ __all__ = [
     "MaskNetConfig",
     "MeanPooling",
     "MeanPoolingConfig",
+    "NegativeSamplingConfig",
     "NumericNormalization",
     "Objective",
     "PCGrad",
     "PCGradConfig",
     "PairwiseLoss",
     "PairwiseLossConfig",
+    "PlattConfig",
     "ProgressiveExperts",
     "ProgressiveExpertsConfig",
     "Ranker",
     "RankerConfig",
     "Representation",
+    "SegmentCalibrator",
     "SharedBottom",
     "SharedBottomConfig",
     "SymmetricCrossEntropy",
@@ -114,6 +133,7 @@ __all__ = [
     "TargetAttentionConfig",
     "TaskHeads",
     "Taught",
+    "TemperatureConfig",
     "TorchEmbeddings",
     "TorchRecEmbeddings",
     "TransAct",

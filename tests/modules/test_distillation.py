@@ -153,8 +153,8 @@ def test_a_layer_is_drawn_towards_the_teachers_through_a_learnt_map():
         "distillation.hidden.projection.weight",
         "distillation.hidden.projection.bias",
     }
+    broken = replace(config, hidden=HiddenDistillationConfig(student_part="expert"))
     with pytest.raises(ConfigError, match=r"objective\.distillation\.hidden\.student_part.*did you mean 'experts'"):
-        broken = replace(config, hidden=HiddenDistillationConfig(student_part="expert"))
         Objective(ObjectiveConfig(distillation=broken), ("click",), student, teach=lambda seen: Taught(target), probe=batch)
 
 
