@@ -68,10 +68,28 @@ def _write(folder: Path, tensors: Mapping[str, Any], documents: Mapping[str, str
         )
     for name, text in documents.items():
         (folder / name).write_text(text)
-    manifest = {file.name: {"bytes": file.stat().st_size, "xxh3_128": _checksum(file)} for file in sorted(folder.iterdir())}
+    manifest = {file.name: _entry(file) for file in sorted(folder.iterdir())}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2))
     for path in (*folder.iterdir(), folder):
         _sync(path)
+
+
+def add_document(checkpoint: Path, name: str, text: str) -> None:
+    """Adds a text file to a finished checkpoint, or replaces one. A process killed in between leaves the checkpoint whole, without it."""
+    if read_document(checkpoint, name) == text:
+        return
+    manifest = json.loads((checkpoint / MANIFEST).read_text())
+    if manifest.pop(name, None) is not None:
+        _replace(checkpoint / MANIFEST, json.dumps(manifest, indent=2))  # between two texts the manifest names neither
+    _replace(checkpoint / name, text)
+    manifest[name] = _entry(checkpoint / name)
+    _replace(checkpoint / MANIFEST, json.dumps(manifest, indent=2))
+
+
+def read_document(checkpoint: Path, name: str) -> str | None:
+    """A text file of a verified checkpoint; None when its manifest does not name it."""
+    named = json.loads((checkpoint / MANIFEST).read_text())
+    return (checkpoint / name).read_text() if name in named else None
 
 
 def load_tensors(checkpoint: Path, tensors: Mapping[str, Any]) -> None:
@@ -148,6 +166,20 @@ def verify(checkpoint: Path) -> None:
             )
         if (checksum := _checksum(file)) != expected_checksum:
             raise CheckpointError(str(file), expected=f"checksum {expected_checksum}", received=checksum, fix=fix)
+
+
+def _entry(file: Path) -> dict[str, int | str]:
+    """What the manifest says of a file."""
+    return {"bytes": file.stat().st_size, "xxh3_128": _checksum(file)}
+
+
+def _replace(file: Path, text: str) -> None:
+    """Writes a file whole or not at all, and waits until it is on the disk."""
+    temporary = file.with_name(f".{file.name}.part")
+    temporary.write_text(text)
+    _sync(temporary)
+    temporary.replace(file)
+    _sync(file.parent)
 
 
 def _checksum(file: Path) -> str:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mlenv.batch import Batch
 from mlenv.errors import ConfigError
+from mlenv.loops.calibration import Calibrator, predictions_from
 from mlenv.loops.fit import BatchSource
 from mlenv.loops.metrics import BinaryMetrics, ReliabilityCurve
 from mlenv.loops.predictions import PredictionWriter
@@ -28,40 +29,60 @@ class Evaluation:
     """The same metrics of the true probabilities, for tasks whose truth the data know: the best that is reachable."""
     reliability: dict[str, ReliabilityCurve]
     """By task."""
+    uncalibrated: dict[str, float] = field(default_factory=dict)
+    """The metrics of the sigmoid of the logits, all but ``grouped_auc``, of the tasks that have a calibrator."""
+    reliability_before: dict[str, ReliabilityCurve] = field(default_factory=dict)
+    """Of the same."""
 
 
 def score(model: nn.Module, source: BatchSource) -> Iterator[tuple[Batch, Tensor]]:
-    """Batches with their predictions ``(batch, tasks)`` float32 in (0, 1), without training; the model's mode is put back."""
+    """Batches with their logits ``(batch, tasks)`` float32, without training; the model's mode is put back."""
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad():
             for batch in source.batches():
-                yield batch, torch.sigmoid(model(batch.to(device, non_blocking=True)))
+                yield batch, model(batch.to(device, non_blocking=True))
     finally:
         model.train(was_training)
 
 
-def evaluate(model: nn.Module, source: BatchSource, predictions: Path | None = None) -> Evaluation:
-    """Measures a model on a source with metadata; with a folder given, its predictions are written there as well."""
+def evaluate(
+    model: nn.Module, source: BatchSource, predictions: Path | None = None, calibrators: Mapping[str, Calibrator] | None = None
+) -> Evaluation:
+    """Measures a model, with its calibrators by task, on a source with metadata; with a folder given, its predictions are written there."""
     schema = source.schema
     metrics = BinaryMetrics(schema.tasks, schema.segments, schema.request)
     truths = {task: label.truth for task, label in schema.labels.items() if label.truth}
     best = BinaryMetrics(tuple(truths))
     known = [schema.tasks.index(task) for task in truths]
+    calibrators = calibrators or {}
+    before = BinaryMetrics(tuple(calibrators), schema.segments)
+    calibrated = [schema.tasks.index(task) for task in calibrators]
     with PredictionWriter(predictions, schema.tasks) if predictions else nullcontext() as writer:
-        for batch, scored in score(model, source):
+        for batch, logits in score(model, source):
+            scored = predictions_from(logits, batch.metadata, schema.tasks, calibrators)
             metrics.update(scored, batch.labels, batch.weights, batch.metadata)
+            if calibrators:
+                before.update(
+                    torch.sigmoid(logits[:, calibrated]), batch.labels[:, calibrated], batch.weights[:, calibrated], batch.metadata
+                )
             if truths and batch.metadata is not None:
                 truth = np.stack([batch.metadata.column(column).to_numpy(zero_copy_only=False) for column in truths.values()], axis=1)
                 best.update(torch.from_numpy(truth), batch.labels[:, known], batch.weights[:, known], None)
             if writer is not None:
                 writer.write(batch, scored)
-    return Evaluation(metrics.compute(), best.compute() if truths else {}, {task: metrics.reliability(task) for task in schema.tasks})
+    return Evaluation(
+        metrics.compute(),
+        best.compute() if truths else {},
+        {task: metrics.reliability(task) for task in schema.tasks},
+        before.compute() if calibrators else {},
+        {task: before.reliability(task) for task in calibrators},
+    )
 
 
-def predict(model: nn.Module, source: BatchSource, predictions: Path) -> int:
+def predict(model: nn.Module, source: BatchSource, predictions: Path, calibrators: Mapping[str, Calibrator] | None = None) -> int:
     """Writes one row of predictions per row of the source, with the row key, and returns how many.
 
     Raises:
@@ -70,6 +91,6 @@ def predict(model: nn.Module, source: BatchSource, predictions: Path) -> int:
     if not source.schema.row_key:
         raise ConfigError("schema.row_key", expected="columns that identify a row", received=[], fix="name them in the schema")
     with PredictionWriter(predictions, source.schema.tasks) as writer:
-        for batch, scored in score(model, source):
-            writer.write(batch, scored)
+        for batch, logits in score(model, source):
+            writer.write(batch, predictions_from(logits, batch.metadata, source.schema.tasks, calibrators or {}))
         return writer.num_rows

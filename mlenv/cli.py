@@ -121,7 +121,7 @@ def _predict(config: ExperimentConfig, options: argparse.Namespace) -> int:
 
     with Experiment(config) as experiment:
         checkpoint = experiment.load()
-        num_rows = predict(experiment.model, experiment.source("test"), options.out)
+        num_rows = predict(experiment.model, experiment.source("test"), options.out, experiment.calibrators)
     print(f"{num_rows:,} rows scored with {checkpoint} -> {options.out}")
     return DONE
 

@@ -14,6 +14,8 @@ from mlenv.kinds import kind_field
 from mlenv.schema import Schema
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import nn
 
 
@@ -28,6 +30,40 @@ class ModelConfig(Protocol):
 
 MODELS: dict[str, type | str] = {"ranker": "mlenv.modules.ranker:RankerConfig"}
 """Models by the name that ``model.kind`` takes; a team's own is named by its import path."""
+
+
+class CalibratorConfig(Protocol):
+    """Fits a module that turns the logits of one task, ``(batch,)``, into predictions.
+
+    A module with segments also takes the codes of their values, ``(batch, columns)`` int64, 0 for null and for unseen ones.
+    """
+
+    @property
+    def calibrator(self) -> type[nn.Module]:
+        """Class of the module; its constructor takes its persistent buffers by name, as numbers or nested lists."""
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether held-out rows are looked at."""
+
+    @property
+    def segments(self) -> tuple[str, ...]:
+        """Columns of ``schema.segments`` whose values matter."""
+
+    def fit(
+        self, logits: NDArray[np.float64], labels: NDArray[np.float64], weights: NDArray[np.float64], segments: NDArray[np.int64] | None
+    ) -> nn.Module: ...
+
+
+CALIBRATORS: dict[str, type | str] = {
+    "histogram": "mlenv.modules.histogram_calibration:HistogramConfig",
+    "isotonic": "mlenv.modules.isotonic_calibration:IsotonicConfig",
+    "logistic": "mlenv.modules.logistic_calibration:LogisticConfig",
+    "negative_sampling": "mlenv.modules.logistic_calibration:NegativeSamplingConfig",
+    "platt": "mlenv.modules.logistic_calibration:PlattConfig",
+    "temperature": "mlenv.modules.logistic_calibration:TemperatureConfig",
+}
+"""Calibrators by the name that ``calibration.TASK.kind`` takes."""
 
 
 def is_day(text: str) -> bool:
@@ -82,7 +118,7 @@ class DataConfig:
     test: WindowConfig | None = None
     """Held-out rows, scored when training ends."""
     validation: WindowConfig | None = None
-    """Held-out rows, scored every ``loop.evaluate_every_steps`` steps."""
+    """Held-out rows, scored every ``loop.evaluate_every_steps`` steps; calibrators are fitted on them."""
     batch_size: int = 4096
     """Examples per step and rank."""
     num_epochs: int = 1
@@ -312,6 +348,9 @@ class ExperimentConfig:
     embeddings: EmbeddingsConfig = EmbeddingsConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
+    calibration: dict[str, CalibratorConfig] = kind_field(CALIBRATORS, default_factory=dict)
+    """Corrects the predictions of a task, fitted on ``data.validation`` once the training has ended; a task that is not named
+    keeps the sigmoid of its logits."""
     loop: LoopConfig = LoopConfig()
     tracking: TrackingConfig = TrackingConfig()
     seed: int = 0
@@ -335,14 +374,21 @@ def _problems(config: ExperimentConfig) -> Iterator[MlenvError]:
     for name, window in (("validation", data.validation), ("test", data.test)):
         if window is not None and window.overlaps(data.train):
             yield ConfigError(f"data.{name}", expected=f"days outside the training window ({data.train})", received=str(window))
-    if bool(loop.evaluate_every_steps) != (data.validation is not None):
-        fix = "set both or neither"
-        yield ConfigError(
-            "loop.evaluate_every_steps",
-            expected="a number of steps exactly when data.validation is set",
-            received=loop.evaluate_every_steps,
-            fix=fix,
-        )
+    uses = ["loop.evaluate_every_steps"] if loop.evaluate_every_steps else []
+    uses += [f"calibration.{task}" for task, calibrator in config.calibration.items() if calibrator.needs_labels]
+    if uses and data.validation is None:
+        fix = "set data.validation.start and end, or path"
+        yield ConfigError("data.validation", expected=f"a window, because of {', '.join(uses)}", received=None, fix=fix)
+    if data.validation is not None and not uses:
+        fix = "set loop.evaluate_every_steps or calibration, or take the window out"
+        yield ConfigError("data.validation", expected="something that uses it", received=str(data.validation), fix=fix)
+    for task, calibrator in config.calibration.items():
+        if task not in schema.tasks:
+            fix = nearest(task, schema.tasks)
+            yield ConfigError(f"calibration.{task}", expected="a task of schema.labels", received=task, fix=fix)
+        for column in set(calibrator.segments) - set(schema.segments):
+            fix = f"add it to schema.segments; {nearest(column, schema.segments)}"
+            yield ConfigError(f"calibration.{task}.segments", expected="columns of schema.segments", received=column, fix=fix)
     if config.embeddings.engine == "torchrec":
         for name, table in schema.tables.items():
             if table.embedding_dim % 4:

@@ -17,11 +17,13 @@ from torch import nn
 
 from mlenv.batch import Extra, example_batch
 from mlenv.composition import from_plain, to_plain, to_yaml
-from mlenv.config import ExperimentConfig
+from mlenv.config import CALIBRATORS, ExperimentConfig
 from mlenv.datasets.parquet_source import ParquetSource
 from mlenv.errors import CheckpointError, ConfigError, MlenvError
-from mlenv.loops.checkpoint import list_checkpoints, load_tensors, verify
-from mlenv.loops.evaluate import evaluate
+from mlenv.kinds import kind_of
+from mlenv.loops.calibration import CALIBRATORS_FILE, Calibrator, calibrators_from_json, calibrators_to_json, fit_calibrators
+from mlenv.loops.checkpoint import add_document, list_checkpoints, load_tensors, read_document, verify
+from mlenv.loops.evaluate import evaluate, score
 from mlenv.loops.learning_rate import LinearDecay
 from mlenv.loops.optimizers import RowWiseAdagrad, build_adam, dense_parameters, plain_tables
 from mlenv.loops.sharding import shard
@@ -42,7 +44,7 @@ NORMALIZATION_ROWS = 262_144
 """Training rows that means and standard deviations are fitted on."""
 
 _MAY_CHANGE = (
-    *("name", "output", "tracking.", "data.path", "data.test", "data.validation", "data.decode_threads"),
+    *("name", "output", "tracking.", "calibration.", "data.path", "data.test", "data.validation", "data.decode_threads"),
     *("loop.log_every_steps", "loop.evaluate_every_steps", "loop.checkpoint_every_steps", "loop.keep_checkpoints", "loop.device"),
 )
 """Keys that a resumed training may set anew; any other would make it another model."""
@@ -72,6 +74,8 @@ class Experiment:
             raise ConfigError("loop.device", expected="a device of this machine", received="cuda", fix="set it to auto or cpu")
         self.fabric = Fabric(accelerator=config.loop.device, devices=1, precision=config.loop.precision)
         self._sources: dict[Split, ParquetSource] = {}
+        self.calibrators: dict[str, Calibrator] = {}
+        """By task; those of the checkpoint that was loaded, or just fitted."""
 
     @cached_property
     def model(self) -> nn.Module:
@@ -154,10 +158,11 @@ class Experiment:
         return self._sources[split]
 
     def load(self) -> Path:
-        """Loads the newest checkpoint of the output folder into the model, for evaluation, and returns it.
+        """Loads the newest checkpoint of the output folder, model and calibrators, for evaluation, and returns it.
 
         Raises:
-            CheckpointError: there is none, it is damaged, or it belongs to another schema or model.
+            CheckpointError: there is none, it is damaged, it belongs to another schema or model, or a calibrator's segment
+                column is gone from the schema.
         """
         checkpoints = list_checkpoints(self.output / CHECKPOINT_FOLDER)
         if not checkpoints:
@@ -165,7 +170,17 @@ class Experiment:
         verify(checkpoints[-1])
         self._check_schema(checkpoints[-1], _plain((checkpoints[-1] / CONFIG).read_text()))
         load_tensors(checkpoints[-1], model_tensors(self.model))
+        self._load_calibrators(checkpoints[-1])
         return checkpoints[-1]
+
+    def calibrate(self, checkpoint: Path) -> None:
+        """Fits the calibrators of the config to the model as it is, and saves them in the checkpoint that holds it."""
+        if not self.config.calibration and read_document(checkpoint, CALIBRATORS_FILE) is None:
+            return
+        needs_labels = any(config.needs_labels for config in self.config.calibration.values())
+        scored = score(self.model, self.source("validation")) if needs_labels else ()
+        self.calibrators = fit_calibrators(self.config.calibration, self.schema.tasks, scored)
+        add_document(checkpoint, CALIBRATORS_FILE, calibrators_to_json(self.calibrators))
 
     def keep(self, path: Path, folder: str = "") -> None:
         """Adds a file or a folder to the tracked run."""
@@ -250,6 +265,24 @@ class Experiment:
 
     def _validate(self) -> dict[str, float]:
         return evaluate(self.model, self.source("validation")).metrics
+
+    def _load_calibrators(self, checkpoint: Path) -> None:
+        """What was fitted counts, not what the config says now."""
+        configs = self.config.calibration
+        text = read_document(checkpoint, CALIBRATORS_FILE)
+        self.calibrators = {} if text is None else calibrators_from_json(text, configs, f"{checkpoint}, {CALIBRATORS_FILE}")
+        fitted = {task: calibrator.kind for task, calibrator in self.calibrators.items()}
+        wanted = {task: kind_of(config, CALIBRATORS) for task, config in configs.items()}
+        if fitted != wanted:
+            fix = "mlenv train with this config fits anew, once the training has ended"
+            logger.warning(
+                "%s: calibrated with %s, not with the config's %s. Fix: %s.", checkpoint, fitted or "nothing", wanted or "nothing", fix
+            )
+        for task, calibrator in self.calibrators.items():
+            for column in calibrator.segments.keys() - set(self.schema.segments):
+                raise CheckpointError(
+                    f"{checkpoint}, calibrator of {task!r}", expected=f"{column!r} in schema.segments", received=list(self.schema.segments)
+                )
 
     def _check_schema(self, checkpoint: Path, saved: dict[str, Any]) -> None:
         differences = from_plain(saved["schema"], Schema, str(checkpoint)).differences(self.schema)

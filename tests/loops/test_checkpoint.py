@@ -1,12 +1,23 @@
 from __future__ import annotations
 
+import contextlib
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
 from mlenv.errors import CheckpointError
-from mlenv.loops.checkpoint import MANIFEST, list_checkpoints, load_tensors, newest_checkpoint, save_checkpoint, verify
+from mlenv.loops.checkpoint import (
+    MANIFEST,
+    add_document,
+    list_checkpoints,
+    load_tensors,
+    newest_checkpoint,
+    read_document,
+    save_checkpoint,
+    verify,
+)
 
 
 def tensors(value):
@@ -105,3 +116,41 @@ def test_a_save_that_fails_leaves_nothing_behind(folder):
 
 def test_no_checkpoint_is_none(tmp_path):
     assert newest_checkpoint(tmp_path / "nothing") is None
+
+
+def test_a_document_is_added_and_replaced(folder):
+    checkpoint = folder / "step-00000003"
+    assert read_document(checkpoint, "more.json") is None
+    for text in ("one", "two", "two"):
+        add_document(checkpoint, "more.json", text)
+        verify(checkpoint)
+        assert read_document(checkpoint, "more.json") == text
+    (checkpoint / "more.json").write_text("tow")
+    with pytest.raises(CheckpointError, match=r"more\.json: expected checksum"):
+        verify(checkpoint)
+
+
+@pytest.mark.parametrize("renames", range(3))
+@pytest.mark.parametrize("before", [None, "one"])
+def test_a_document_that_is_killed_while_it_is_added_leaves_the_checkpoint_whole(folder, monkeypatch, renames, before):
+    checkpoint = folder / "step-00000003"
+    if before is not None:
+        add_document(checkpoint, "more.json", before)
+    replace, done = Path.replace, []
+
+    def killed(self, target):
+        if len(done) == renames:
+            raise KeyboardInterrupt
+        done.append(target)
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with contextlib.suppress(KeyboardInterrupt):
+        add_document(checkpoint, "more.json", "two")
+    monkeypatch.undo()
+    verify(checkpoint)
+    assert read_document(checkpoint, "more.json") in (before, None, "two")
+    load_tensors(checkpoint, tensors(0))
+    add_document(checkpoint, "more.json", "three")
+    verify(checkpoint)
+    assert read_document(checkpoint, "more.json") == "three"
