@@ -121,23 +121,29 @@ def line_chart(title: str, series: Sequence[Series], x_label: str, *, from_zero:
     return Chart(title, _svg(title, frame.bottom + 42, shapes), drawn)
 
 
-def reliability_chart(title: str, curve: ReliabilityCurve, color: int) -> Chart:
-    """Mean label over mean prediction, against the diagonal, above the histogram of the predictions."""
-    high = max(*curve.predictions, *curve.labels, curve.histogram_edges[-1])
+def reliability_chart(title: str, curve: ReliabilityCurve, color: int, before: ReliabilityCurve | None = None) -> Chart:
+    """Mean label over mean prediction, against the diagonal, above the histogram of the predictions; before calibration too, if given."""
+    high = max(*curve.predictions, *curve.labels, curve.histogram_edges[-1], *(before.predictions if before else ()))
     upper = _Frame((0, high), (0, high), left=62, top=10, right=_WIDTH - 16, bottom=290)
     lower = _Frame((0, high), (0, max(curve.histogram)), left=62, top=304, right=_WIDTH - 16, bottom=370)
     dots = Series("mean label", list(zip(curve.predictions, curve.labels, strict=True)), color, "dots")
-    shapes = [upper.x_grid(), upper.y_axis(), upper.curve([(0, 0), (high, high)], "diagonal"), upper.curve(dots.points, dots.css)]
-    for (prediction, label), weight in zip(dots.points, curve.weights, strict=True):
-        note = f"predicted {prediction:.4f}, observed {label:.4f}, weight {weight:,.0f}"
-        shapes.append(_dot(upper.x(prediction), upper.y(label), dots.css, note))
+    shapes = [upper.x_grid(), upper.y_axis(), upper.curve([(0, 0), (high, high)], "diagonal")]
+    drawn = [(dots, curve.weights)]
+    if before is not None:
+        earlier = Series("before calibration", list(zip(before.predictions, before.labels, strict=True)), NEUTRAL, "dots")
+        drawn.insert(0, (earlier, before.weights))
+    for series, weights in drawn:
+        shapes.append(upper.curve(series.points, series.css))
+        for (prediction, label), weight in zip(series.points, weights, strict=True):
+            note = f"predicted {prediction:.4f}, observed {label:.4f}, weight {weight:,.0f}"
+            shapes.append(_dot(upper.x(prediction), upper.y(label), series.css, note))
     shapes.append(lower.x_axis("mean prediction, and how the predictions are spread"))
     for left, right, weight in zip(curve.histogram_edges[:-1], curve.histogram_edges[1:], curve.histogram, strict=True):
         shapes.append(
             _bar(lower.x(left), lower.y(weight), lower.x(right), lower.bottom, dots.css, f"{left:.4f} to {right:.4f}: {weight:,.0f}")
         )
     perfect = Series("calibrated", (), NEUTRAL, "level")
-    return Chart(title, _svg(title, lower.bottom + 42, shapes), [dots, perfect])
+    return Chart(title, _svg(title, lower.bottom + 42, shapes), [*(series for series, _ in reversed(drawn)), perfect])
 
 
 def dot_chart(title: str, rows: Sequence[str], series: Sequence[Series], x_range: Range) -> Chart:

@@ -45,6 +45,10 @@ class Report:
     """The best reachable values of the same keys, where they are known."""
     reliability: dict[str, ReliabilityCurve]
     """By task."""
+    uncalibrated: dict[str, float]
+    """Metrics before calibration, of the tasks that are calibrated."""
+    reliability_before: dict[str, ReliabilityCurve]
+    """Before calibration, of the same tasks."""
     history: list[dict[str, float]]
     """The journal of the run: ``step`` and any of ``train/task/loss``, ``validation/task/metric``, ``train/examples_per_second``."""
     coverage: dict[str, float]
@@ -56,8 +60,8 @@ class Report:
 @dataclass(frozen=True)
 class _Cell:
     text: str
-    note: str = ""
-    """A second line, smaller."""
+    notes: Sequence[str] = ()
+    """Lines under it, smaller."""
     css: str = ""
 
 
@@ -99,7 +103,7 @@ def render_report(report: Report) -> str:
         summary=_summary(report, shown),
         learning=list(_learning_charts(report)),
         reliability=[
-            reliability_chart(task, curve, color)
+            reliability_chart(task, curve, color, report.reliability_before.get(task))
             for color, task in enumerate(report.tasks)
             if (curve := report.reliability.get(task)) is not None and curve.weights
         ],
@@ -124,15 +128,23 @@ def _summary(report: Report, shown: Sequence[str]) -> _Table:
         cells = [_Cell(task)]
         for metric in shown:
             best = report.best.get(f"{task}/{metric}") if metric in ("auc", "grouped_auc", "normalized_entropy", "log_loss") else None
-            note = "" if best is None or math.isnan(best) else f"best {format_figure(metric, best)}"
-            cells.append(_figure(metric, report.metrics.get(f"{task}/{metric}", math.nan), note))
+            notes = _before(report, task, metric)
+            notes += [] if best is None or math.isnan(best) else [f"best {format_figure(metric, best)}"]
+            cells.append(_figure(metric, report.metrics.get(f"{task}/{metric}", math.nan), notes))
         rows.append(cells)
     return _Table(["Task", *(METRICS[metric] for metric in shown)], 1, rows)
 
 
-def _figure(metric: str, value: float, note: str = "") -> _Cell:
+def _before(report: Report, task: str, key: str) -> list[str]:
+    """What a metric that calibration is about was without it."""
+    metric = key.partition("@")[0]
+    value = report.uncalibrated.get(f"{task}/{key}", math.nan)
+    return [] if math.isnan(value) or metric in ("auc", "base_rate", "examples") else [f"before {format_figure(metric, value)}"]
+
+
+def _figure(metric: str, value: float, notes: Sequence[str] = ()) -> _Cell:
     off = metric == "calibration" and not math.isnan(value) and not 0.9 <= value <= 1.1
-    return _Cell(format_figure(metric, value), note, "off" if off else "")
+    return _Cell(format_figure(metric, value), notes, "off" if off else "")
 
 
 def _learning_charts(report: Report) -> Iterable[Chart]:
@@ -200,7 +212,11 @@ def _segment(report: Report, shown: Sequence[str], column: str, values: Sequence
             bounds = (max(0.0, min([0.7, *found]) - 0.01), min(1.0, max([0.7, *found]) + 0.01))
         charts.append(dot_chart(f"{METRICS[metric]} by {column}", charted, [*dots, *levels], bounds))
     rows = [
-        [_Cell(value if task == report.tasks[0] else ""), _Cell(task), *(_figure(metric, figure(task, metric, value)) for metric in shown)]
+        [
+            _Cell(value if task == report.tasks[0] else ""),
+            _Cell(task),
+            *(_figure(metric, figure(task, metric, value), _before(report, task, f"{metric}@{column}={value}")) for metric in shown),
+        ]
         for value in values
         for task in report.tasks
     ]

@@ -46,6 +46,7 @@ def train(config: ExperimentConfig) -> TrainingResult:
         for split in splits:
             experiment.source(split)  # all windows are checked before the first step
         progress = fit(experiment.step, experiment.source("train"), experiment.run, config.loop)
+        experiment.calibrate(list_checkpoints(experiment.output / CHECKPOINT_FOLDER)[-1])
         evaluation = evaluate_and_report(experiment) if "test" in splits else None
         if evaluation is not None:
             _journal_once(experiment.run.journal, progress.step, evaluation)
@@ -60,22 +61,30 @@ def train(config: ExperimentConfig) -> TrainingResult:
 def evaluate_and_report(experiment: Experiment) -> Evaluation:
     """Scores the test window; writes predictions, metrics and the report into the output folder."""
     output, schema, source = experiment.output, experiment.schema, experiment.source("test")
-    evaluation = evaluate(experiment.model, source, output / PREDICTIONS)
+    evaluation = evaluate(experiment.model, source, output / PREDICTIONS, experiment.calibrators)
     finite = {name: value if math.isfinite(value) else None for name, value in evaluation.metrics.items()}
     (output / METRICS).write_text(json.dumps(finite, indent=2))
     report = Report(
         title=experiment.config.name,
-        facts=experiment.facts,
+        facts=experiment.facts | _calibration_facts(experiment),
         tasks=schema.tasks,
         metrics=evaluation.metrics,
         best=evaluation.best,
         reliability=evaluation.reliability,
+        uncalibrated=evaluation.uncalibrated,
+        reliability_before=evaluation.reliability_before,
         history=Journal(output / JOURNAL_FILE).read(),
         coverage=feature_coverage(source.record_batches(schema.feature_columns), schema),
         artifacts={"predictions": PREDICTIONS, "config": CONFIG, "checkpoints": CHECKPOINT_FOLDER},
     )
     write_report(report, output / REPORT)
     return evaluation
+
+
+def _calibration_facts(experiment: Experiment) -> dict[str, str]:
+    fitted = {task: calibrator.kind for task, calibrator in experiment.calibrators.items()}
+    wanted = dict.fromkeys(experiment.config.calibration, "none; the log of the training says why")
+    return {f"{task} calibration": kind for task, kind in (wanted | fitted).items()}
 
 
 def _journal_once(journal: Journal, step: int, evaluation: Evaluation) -> None:

@@ -168,6 +168,62 @@ def test_validation_and_decay_are_logged(demo_arguments, tmp_path):
     assert [line["step"] for line in lines if "validation/click/auc" in line] == [20, 40]
 
 
+HELD_OUT = ["data.train.end=2026-01-01", "data.validation.start=2026-01-02", "data.validation.end=2026-01-02"]
+CALIBRATED = [
+    *HELD_OUT,
+    "data.num_epochs=8",
+    "calibration.click={kind: logistic, segments: [placement]}",
+    "calibration.conversion.kind=platt",
+]
+
+
+def test_predictions_are_calibrated_on_the_validation_window(demo_arguments, tmp_path, caplog):
+    settings = config(demo_arguments(*CALIBRATED, "loop.learning_rate_decay=none"))
+    result = train(settings)
+    output = tmp_path / "run of a test"
+    checkpoint = list_checkpoints(output / "checkpoints")[-1]
+    saved = json.loads((checkpoint / "calibrators.json").read_text())
+    assert {task: entry["kind"] for task, entry in saved.items()} == {"click": "logistic", "conversion": "platt"}
+    assert len(saved["click"]["segments"]["placement"]) == 6
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert metrics["click/ece"] == result.evaluation.metrics["click/ece"] < result.evaluation.uncalibrated["click/ece"]
+    assert "before" in result.report.read_text()
+    rows = pl.from_arrow(pq.read_table(output / "predictions"))
+    predictions, labels = (rows[f"{name}_click"].to_numpy().astype(np.float64) for name in ("prediction", "label"))
+    assert metrics["click/calibration"] == pytest.approx(predictions.sum() / labels.sum(), rel=1e-6)
+
+    # Later commands go by the checkpoint, whatever the config says now.
+    with Experiment(config(demo_arguments(*HELD_OUT, "loop.evaluate_every_steps=5"))) as experiment:
+        assert experiment.load() == checkpoint
+        assert "calibrated with {'click': 'logistic', 'conversion': 'platt'}, not with the config's nothing" in caplog.text
+        predict(experiment.model, experiment.source("test"), tmp_path / "scored", experiment.calibrators)
+        again = evaluate(experiment.model, experiment.source("test"), calibrators=experiment.calibrators)
+    assert comparable(again.metrics) == comparable(result.evaluation.metrics)
+    assert comparable(again.uncalibrated) == comparable(result.evaluation.uncalibrated)
+    scored = pl.from_arrow(pq.read_table(tmp_path / "scored"))["prediction_click"]
+    assert scored.equals(rows["prediction_click"])
+    with (
+        pytest.raises(CheckpointError, match=r"calibrator of 'click': expected 'placement' in schema\.segments"),
+        Experiment(config(demo_arguments(*HELD_OUT, "loop.evaluate_every_steps=5", "schema.segments=[]"))) as experiment,
+    ):
+        experiment.load()
+
+    # A complete training with other calibrators fits those; without any, there are none.
+    other = train(config(demo_arguments(*CALIBRATED[:4], "loop.learning_rate_decay=none", "calibration.click.kind=isotonic")))
+    assert comparable(other.evaluation.uncalibrated)["click/ece"] == result.evaluation.uncalibrated["click/ece"]
+    assert set(json.loads((checkpoint / "calibrators.json").read_text())) == {"click"}
+    train(config(demo_arguments(*HELD_OUT, "data.num_epochs=8", "loop.learning_rate_decay=none", "loop.evaluate_every_steps=50")))
+    assert json.loads((checkpoint / "calibrators.json").read_text()) == {}
+
+
+def test_a_task_that_cannot_be_calibrated_is_measured_without(demo_arguments, caplog):
+    few = ["calibration.click.kind=platt", "calibration.conversion.kind=temperature", "schema.labels.conversion.mask=is_weekend"]
+    result = train(config(demo_arguments(*HELD_OUT, "loop.max_steps=4", *few)))
+    assert "calibration.conversion.labels: expected examples of both classes" in caplog.text
+    assert "none; the log of the training says why" in result.report.read_text()
+    assert {key.partition("/")[0] for key in result.evaluation.uncalibrated} == {"click"}
+
+
 def test_a_checkpoint_of_something_else_is_refused(demo_arguments, tmp_path, ads):
     train(config(demo_arguments("loop.max_steps=12")))
     before = final_state(tmp_path / "run of a test")

@@ -13,7 +13,19 @@ import pytest
 from mlenv.loops.metrics import ReliabilityCurve
 from mlenv.report import Report, format_figure, render_report, write_report
 
-EMPTY = Report(title="run", facts={}, tasks=("click",), metrics={}, best={}, reliability={}, history=[], coverage={}, artifacts={})
+EMPTY = Report(
+    title="run",
+    facts={},
+    tasks=("click",),
+    metrics={},
+    best={},
+    reliability={},
+    uncalibrated={},
+    reliability_before={},
+    history=[],
+    coverage={},
+    artifacts={},
+)
 FULL = Report(
     title="ads demo",
     facts={"train window": "2026-01-01 to 2026-01-07", "schema fingerprint": "0123456789ab"},
@@ -37,6 +49,8 @@ FULL = Report(
         "click": ReliabilityCurve((0.1, 0.4), (0.2, 0.4), (10.0, 10.0), (0.0, 0.25, 0.5), (12.0, 8.0)),
         "conversion": ReliabilityCurve(),
     },
+    uncalibrated={},
+    reliability_before={},
     history=[
         {
             "step": 10,
@@ -110,6 +124,24 @@ def test_the_segments_are_a_table_and_charts_with_the_largest_value_first() -> N
     assert "a/b=c" in page.texts["text"]
 
 
+def test_what_calibration_changed_stands_under_the_figures_and_in_the_diagram() -> None:
+    before = {"click/auc": 0.1, "click/calibration": 1.5, "click/normalized_entropy": 0.99, "click/calibration@page=null": 2.5}
+    curve = ReliabilityCurve((0.3, 0.9), (0.2, 0.4), (10.0, 10.0), (0.0, 0.5, 1.0), (12.0, 8.0))
+    page = Page(render_report(replace(FULL, uncalibrated=before, reliability_before={"click": curve})))
+    assert page.tables[0][1] == [
+        "click",
+        "0.7654 best 0.7811",
+        "0.8765 before 0.9900 best 0.8512",
+        "1.012 before 1.500",
+        "23.450%",
+        "123,456",
+    ]
+    assert page.tables[1][1][:5] == ["null", "click", "0.6000", "—", "0.950 before 2.500"]
+    assert "before calibration" in page.texts["span"]
+    assert "predicted 0.9000, observed 0.4000, weight 10" in page.texts["title"]
+    assert "before calibration" not in Page(render_report(FULL)).texts["span"]
+
+
 def test_many_segment_values_are_all_in_the_table_and_the_largest_in_the_charts() -> None:
     sizes = {f"click/examples@item={number:02d}": 100.0 - number for number in range(30)}
     page = Page(render_report(replace(EMPTY, metrics={"click/examples": 2_500.0, "click/auc": 0.7, **sizes})))
@@ -173,6 +205,8 @@ def test_names_from_data_are_text_and_nothing_else() -> None:
             metrics={f"{evil}/{metric}{end}": 1.0 for metric in ("auc", "calibration", "examples") for end in ("", f"@{evil}={evil}")},
             best={f"{evil}/auc": 0.9},
             reliability={evil: FULL.reliability["click"]},
+            uncalibrated={f"{evil}/calibration": 2.0},
+            reliability_before={evil: FULL.reliability["click"]},
             history=[{"step": 1, f"train/{evil}/loss": 1.0, f"validation/{evil}/auc": 0.5}],
             coverage={evil: 0.5},
             artifacts={evil: evil},
