@@ -15,7 +15,8 @@ from mlenv.batch import Batch, SparseFeatures
 from mlenv.composition import from_plain
 from mlenv.config import DistillationConfig, ExperimentConfig
 from mlenv.errors import ConfigError
-from mlenv.loops.checkpoint import MANIFEST, list_checkpoints, load_tensors, verify
+from mlenv.loops.calibration import CALIBRATORS_FILE, Calibrator, calibrators_from_json, predictions_from
+from mlenv.loops.checkpoint import MANIFEST, list_checkpoints, load_tensors, read_document, verify
 from mlenv.loops.training_run import CHECKPOINT_FOLDER, CONFIG
 from mlenv.loops.training_state import model_tensors
 from mlenv.mlflow_outbox import absolute_uri
@@ -53,7 +54,9 @@ class Teacher:
         if config.hidden is not None:
             part = find_part(model, config.hidden.teacher_part, "objective.distillation.hidden.teacher_part")
             self._hidden = WatchedInput(part)
+        self._calibrators = _calibrators(checkpoint, taught) if config.calibrated else {}
         self._view = _View(schema, taught.schema)
+        self._teacher_tasks = taught.schema.tasks
         self._tasks = [taught.schema.tasks.index(task) if task in taught.schema.tasks else -1 for task in schema.tasks]
 
     @torch.no_grad()
@@ -64,6 +67,8 @@ class Teacher:
         """
         with self._autocast:
             found = self._model(self._view.of(batch)).float()
+        if self._calibrators:
+            found = torch.logit(predictions_from(found, None, self._teacher_tasks, self._calibrators)).to(found.device)
         nothing = found.new_full((len(found), 1), torch.nan)
         logits = torch.cat([found, nothing], dim=1)[:, self._tasks]
         return Taught(logits, None if self._hidden is None else self._hidden.take())
@@ -115,6 +120,23 @@ def _chosen(sparse: SparseFeatures, keys: list[int]) -> SparseFeatures:
         tuple(part.value_counts[0] for part in parts),
         None if sparse.weights is None else joined([part.weights for part in parts if part.weights is not None], sparse.weights),
     )
+
+
+def _calibrators(checkpoint: Path, taught: ExperimentConfig) -> dict[str, Calibrator]:
+    """The teacher's calibrators, all of which must do with its logits: training rows carry no segments."""
+    text = read_document(checkpoint, CALIBRATORS_FILE)
+    found = {} if text is None else calibrators_from_json(text, taught.calibration, f"{checkpoint}, {CALIBRATORS_FILE}")
+    by_segment = [task for task, calibrator in found.items() if calibrator.segments]
+    if by_segment or not found:
+        received = f"{checkpoint}: {f'{by_segment} are calibrated by segment' if by_segment else 'no calibrator'}"
+        fix = "set it to false; the teacher's own logits teach more anyway"
+        raise ConfigError(
+            "objective.distillation.calibrated",
+            expected="a teacher with calibrators that read its logits alone",
+            received=received,
+            fix=fix,
+        )
+    return found
 
 
 def _check_same_reading(teacher: Schema, student: Schema, name: str) -> None:
