@@ -74,8 +74,7 @@ class Experiment:
             raise ConfigError("loop.device", expected="a device of this machine", received="cuda", fix="set it to auto or cpu")
         self.fabric = Fabric(accelerator=config.loop.device, devices=1, precision=config.loop.precision)
         self._sources: dict[Split, ParquetSource] = {}
-        self.calibrators: dict[str, Calibrator] = {}
-        """By task; those of the checkpoint that was loaded, or just fitted."""
+        self._loaded: Path | None = None
 
     @cached_property
     def model(self) -> nn.Module:
@@ -158,11 +157,10 @@ class Experiment:
         return self._sources[split]
 
     def load(self) -> Path:
-        """Loads the newest checkpoint of the output folder, model and calibrators, for evaluation, and returns it.
+        """Loads the newest checkpoint of the output folder into the model, for evaluation, and returns it.
 
         Raises:
-            CheckpointError: there is none, it is damaged, it belongs to another schema or model, or a calibrator's segment
-                column is gone from the schema.
+            CheckpointError: there is none, it is damaged, or it belongs to another schema or model.
         """
         checkpoints = list_checkpoints(self.output / CHECKPOINT_FOLDER)
         if not checkpoints:
@@ -170,8 +168,18 @@ class Experiment:
         verify(checkpoints[-1])
         self._check_schema(checkpoints[-1], _plain((checkpoints[-1] / CONFIG).read_text()))
         load_tensors(checkpoints[-1], model_tensors(self.model))
-        self._load_calibrators(checkpoints[-1])
+        self._loaded = checkpoints[-1]
+        self.__dict__.pop("calibrators", None)  # those of another model
         return checkpoints[-1]
+
+    @cached_property
+    def calibrators(self) -> dict[str, Calibrator]:
+        """By task: those that were just fitted, or of the checkpoint that was loaded; what the config says now does not count.
+
+        Raises:
+            CheckpointError: a calibrator's segment column is gone from the schema, or its class from the config.
+        """
+        return {} if self._loaded is None else self._read_calibrators(self._loaded)
 
     def calibrate(self, checkpoint: Path) -> None:
         """Fits the calibrators of the config to the model as it is, and saves them in the checkpoint that holds it."""
@@ -266,23 +274,23 @@ class Experiment:
     def _validate(self) -> dict[str, float]:
         return evaluate(self.model, self.source("validation")).metrics
 
-    def _load_calibrators(self, checkpoint: Path) -> None:
-        """What was fitted counts, not what the config says now."""
+    def _read_calibrators(self, checkpoint: Path) -> dict[str, Calibrator]:
         configs = self.config.calibration
         text = read_document(checkpoint, CALIBRATORS_FILE)
-        self.calibrators = {} if text is None else calibrators_from_json(text, configs, f"{checkpoint}, {CALIBRATORS_FILE}")
-        fitted = {task: calibrator.kind for task, calibrator in self.calibrators.items()}
+        calibrators = {} if text is None else calibrators_from_json(text, configs, f"{checkpoint}, {CALIBRATORS_FILE}")
+        fitted = {task: calibrator.kind for task, calibrator in calibrators.items()}
         wanted = {task: kind_of(config, CALIBRATORS) for task, config in configs.items()}
         if fitted != wanted:
             fix = "mlenv train with this config fits anew, once the training has ended"
             logger.warning(
                 "%s: calibrated with %s, not with the config's %s. Fix: %s.", checkpoint, fitted or "nothing", wanted or "nothing", fix
             )
-        for task, calibrator in self.calibrators.items():
+        for task, calibrator in calibrators.items():
             for column in calibrator.segments.keys() - set(self.schema.segments):
                 raise CheckpointError(
                     f"{checkpoint}, calibrator of {task!r}", expected=f"{column!r} in schema.segments", received=list(self.schema.segments)
                 )
+        return calibrators
 
     def _check_schema(self, checkpoint: Path, saved: dict[str, Any]) -> None:
         differences = from_plain(saved["schema"], Schema, str(checkpoint)).differences(self.schema)

@@ -195,6 +195,7 @@ def test_predictions_are_calibrated_on_the_validation_window(demo_arguments, tmp
     # Later commands go by the checkpoint, whatever the config says now.
     with Experiment(config(demo_arguments(*HELD_OUT, "loop.evaluate_every_steps=5"))) as experiment:
         assert experiment.load() == checkpoint
+        assert set(experiment.calibrators) == {"click", "conversion"}
         assert "calibrated with {'click': 'logistic', 'conversion': 'platt'}, not with the config's nothing" in caplog.text
         predict(experiment.model, experiment.source("test"), tmp_path / "scored", experiment.calibrators)
         again = evaluate(experiment.model, experiment.source("test"), calibrators=experiment.calibrators)
@@ -202,11 +203,10 @@ def test_predictions_are_calibrated_on_the_validation_window(demo_arguments, tmp
     assert comparable(again.uncalibrated) == comparable(result.evaluation.uncalibrated)
     scored = pl.from_arrow(pq.read_table(tmp_path / "scored"))["prediction_click"]
     assert scored.equals(rows["prediction_click"])
-    with (
-        pytest.raises(CheckpointError, match=r"calibrator of 'click': expected 'placement' in schema\.segments"),
-        Experiment(config(demo_arguments(*HELD_OUT, "loop.evaluate_every_steps=5", "schema.segments=[]"))) as experiment,
-    ):
+    with Experiment(config(demo_arguments(*HELD_OUT, "loop.evaluate_every_steps=5", "schema.segments=[]"))) as experiment:
         experiment.load()
+        with pytest.raises(CheckpointError, match=r"calibrator of 'click': expected 'placement' in schema\.segments"):
+            experiment.calibrators  # noqa: B018
 
     # A complete training with other calibrators fits those; without any, there are none.
     other = train(config(demo_arguments(*CALIBRATED[:4], "loop.learning_rate_decay=none", "calibration.click.kind=isotonic")))
