@@ -9,6 +9,7 @@ from benchmarks.comparison import Result, markdown_table, paired_seconds
 from benchmarks.criteo_shaped import NUM_CATEGORICAL, schema_of, write_set
 from mlenv.config import DataConfig, EmbeddingsConfig, ExperimentConfig, TrackingConfig, WindowConfig
 from mlenv.experiment import Experiment
+from mlenv.loops.fit import Progress
 from mlenv.modules import MLPConfig, RankerConfig
 
 TOTAL_ROWS = (100_000, 10_000_000)
@@ -48,7 +49,7 @@ def _seconds_per_step(folder: Path, engine: str, num_embeddings: int) -> float:
 
         def train() -> None:
             reader = iter(batches)
-            while experiment.step.advance(reader) is not None:
+            while experiment.step.advance(reader, Progress()) is not None:
                 pass
 
         return statistics.median(paired_seconds({name: train}, REPETITIONS)[name]) / STEPS

@@ -34,7 +34,7 @@ _NAME = re.compile(_PREFIX + r"\d{8}")
 
 
 def save_checkpoint(folder: Path, step: int, tensors: Mapping[str, Any], documents: Mapping[str, str], keep: int) -> Path:
-    """Writes ``folder/step-NNNNNNNN`` and removes all but the newest ``keep``.
+    """Writes ``folder/step-NNNNNNNN`` and removes all but the newest ``keep``; 0 keeps all.
 
     Args:
         tensors: by name; plain tensors or sharded ones.

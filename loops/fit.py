@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Final, Protocol
 
 from mlenv.batch import START, Batch, Position
 from mlenv.config import LoopConfig
 from mlenv.loops.train_step import StepOutput, TrainStep
 from mlenv.schema import Schema
+
+IMPROVEMENT: Final = 1e-6
+"""An evaluation is better when it gains more than this."""
 
 
 @dataclass(frozen=True)
@@ -20,10 +23,28 @@ class Progress:
     examples: int = 0
     position: Position = START
     """Taken from the batch that was trained, not the last one read: prefetching loses no rows."""
+    best: float | None = None
+    """Best value of the monitor so far; None before the first evaluation."""
+    stale_evaluations: int = 0
+    """Evaluations since the best one."""
+    decays: int = 0
+    """Evaluations in all that brought no better monitor: so often has the plateau schedule cut the learning rates."""
 
     def after(self, output: StepOutput) -> Progress:
         """Progress once a step is done."""
-        return Progress(self.step + 1, self.examples + output.num_examples, output.position)
+        return replace(self, step=self.step + 1, examples=self.examples + output.num_examples, position=output.position)
+
+    def judged(self, value: float, higher_is_better: bool) -> Progress:
+        """Progress once the monitor was measured."""
+        if self.best is None or (value - self.best if higher_is_better else self.best - value) > IMPROVEMENT:
+            return replace(self, best=value, stale_evaluations=0)
+        return replace(self, stale_evaluations=self.stale_evaluations + 1, decays=self.decays + 1)
+
+    def is_complete(self, config: LoopConfig) -> bool:
+        """Whether all steps are done, or the training stopped because it got no better; the end of the data is found by reading."""
+        has_all_steps = 0 < config.max_steps <= self.step
+        has_gone_stale = 0 < config.stop_after_evaluations <= self.stale_evaluations
+        return has_all_steps or has_gone_stale
 
 
 class BatchSource(Protocol):
@@ -39,23 +60,23 @@ class Run(Protocol):
 
     def restore(self) -> Progress: ...
     def log(self, progress: Progress, output: StepOutput) -> None: ...
-    def evaluate(self, progress: Progress) -> None: ...
+    def evaluate(self, progress: Progress) -> Progress: ...
     def save(self, progress: Progress) -> None: ...
 
 
 def fit(step: TrainStep, source: BatchSource, run: Run, config: LoopConfig) -> Progress:
-    """Trains from the last checkpoint to ``config.max_steps`` or the end of the data."""
+    """Trains from the last checkpoint until ``config.max_steps``, the end of the data, or no gain for too long."""
     progress = run.restore()
     saved_step = progress.step
     batches = source.batches(start=progress.position)
-    while not config.max_steps or progress.step < config.max_steps:
-        output = step.advance(batches)
+    while not progress.is_complete(config):
+        output = step.advance(batches, progress)
         if output is None:
             break
         progress = progress.after(output)
         run.log(progress, output)
         if config.evaluate_every_steps and progress.step % config.evaluate_every_steps == 0:
-            run.evaluate(progress)
+            progress = run.evaluate(progress)
         if progress.step % config.checkpoint_every_steps == 0:
             run.save(progress)
             saved_step = progress.step

@@ -1,41 +1,51 @@
-"""Learning rates that follow the steps."""
+"""Learning rates that follow the training."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Final
 
 import torch
 
+if TYPE_CHECKING:
+    from mlenv.loops.fit import Progress
 
-class LinearDecay:
-    """Lets every learning rate fall in a straight line, to one part in ``total_steps`` at the last step.
+Schedule = Callable[[float, "Progress"], float]
+"""From an initial learning rate and the progress to the rate of the next step."""
 
-    The rate follows from the number of steps alone, which the first optimizer keeps in its state; so a resumed training
-    goes on with the same rates.
+PLATEAU_FACTOR: Final = 0.1
+SMALLEST_RATE: Final = 1e-6
+
+
+class LearningRates:
+    """Sets every learning rate before each step.
+
+    Rates follow from the progress alone, so a resumed training goes on with the same ones.
     """
 
-    def __init__(self, optimizers: Sequence[torch.optim.Optimizer], fused: torch.optim.Optimizer | None, total_steps: int) -> None:
+    def __init__(self, optimizers: Sequence[torch.optim.Optimizer], fused: torch.optim.Optimizer | None, schedule: Schedule) -> None:
         """
         Args:
             optimizers: those that are stepped after a backward pass.
             fused: the optimizer that TorchRec's tables run inside it; its step only hands its rates to them.
         """
-        self._optimizers, self._fused, self._total_steps = optimizers, fused, total_steps
+        self._fused, self._schedule = fused, schedule
         every = [*optimizers, *([fused] if fused is not None else [])]
         self._groups = [(group, group["lr"]) for optimizer in every for group in optimizer.param_groups]
-        self._steps_done: int | None = None
 
-    def advance(self) -> None:
+    def follow(self, progress: Progress) -> None:
         """Sets the rates of the step that comes now; called before its backward pass, in which fused tables update themselves."""
-        if self._steps_done is None:
-            self._steps_done = _steps_done(self._optimizers[0])
-        remaining = max(self._total_steps - self._steps_done, 0) / self._total_steps
         for group, rate in self._groups:
-            group["lr"] = rate * remaining
+            group["lr"] = self._schedule(rate, progress)
         if self._fused is not None:
             self._fused.step()
-        self._steps_done += 1
 
 
-def _steps_done(optimizer: torch.optim.Optimizer) -> int:
-    return int(next(iter(optimizer.state.values()))["step"])
+def linear_decay(total_steps: int) -> Schedule:
+    """A straight line to one part in ``total_steps`` at the last step."""
+    return lambda rate, progress: rate * (max(total_steps - progress.step, 0) / total_steps)
+
+
+def plateau_decay(rate: float, progress: Progress) -> float:
+    """A tenth at every evaluation without a better monitor; not below 1e-6, unless the rate starts there."""
+    return max(rate * PLATEAU_FACTOR**progress.decays, min(rate, SMALLEST_RATE))

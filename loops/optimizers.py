@@ -1,4 +1,4 @@
-"""Optimizers: row-wise Adagrad for embedding tables, Adam for everything else."""
+"""Optimizers: row-wise Adagrad or Adam for embedding tables, Adam for everything else."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mlenv.config import EmbeddingsConfig, OptimizerConfig
+from mlenv.modules.embeddings import TorchEmbeddings
 
 
 class RowWiseAdagrad(torch.optim.Optimizer):
@@ -40,8 +41,9 @@ class RowWiseAdagrad(torch.optim.Optimizer):
 
 
 def plain_tables(model: nn.Module) -> list[Tensor]:
-    """Embedding tables with sparse gradients."""
-    return [module.weight for module in model.modules() if isinstance(module, nn.Embedding) and module.sparse]
+    """Embedding tables that an optimizer steps: those with sparse gradients, and all of ``TorchEmbeddings``."""
+    owned = {id(table) for module in model.modules() if isinstance(module, TorchEmbeddings) for table in module.tables.values()}
+    return [module.weight for module in model.modules() if isinstance(module, nn.Embedding) and (module.sparse or id(module) in owned)]
 
 
 def dense_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -60,7 +62,24 @@ def build_adam(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> t
         (matrices if parameter.ndim > 1 else vectors).append(parameter)
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     adam = torch.optim.AdamW([group for group in groups if group["params"]], lr=config.learning_rate, fused=True)
-    for parameter in matrices + vectors:
+    _fill_state(adam, matrices + vectors)
+    return adam
+
+
+def build_table_optimizer(tables: list[Tensor], config: EmbeddingsConfig) -> torch.optim.Optimizer:
+    """The optimizer of plain tables; like ``build_adam`` with its state in place.
+
+    Adam here is that of Kingma and Ba (2015) with the penalty ``weight_decay / 2 * squared norm of the whole tables``: its gradient
+    goes through the moments, unlike the decoupled decay of the dense parameters.
+    """
+    if config.optimizer == "row_wise_adagrad":
+        return RowWiseAdagrad(tables, config)
+    adam = torch.optim.Adam(tables, lr=config.learning_rate, eps=config.eps, weight_decay=config.weight_decay, fused=True)
+    _fill_state(adam, tables)
+    return adam
+
+
+def _fill_state(adam: torch.optim.Optimizer, parameters: Iterable[Tensor]) -> None:
+    for parameter in parameters:
         zeros = torch.zeros_like(parameter, memory_format=torch.preserve_format)
         adam.state[parameter] = {"step": torch.zeros((), device=parameter.device), "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
-    return adam

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from lightning.fabric import Fabric
@@ -12,8 +12,11 @@ from torch import Tensor, nn
 
 from mlenv.batch import Batch, Position
 from mlenv.errors import ConfigError
-from mlenv.loops.learning_rate import LinearDecay
+from mlenv.loops.learning_rate import LearningRates
 from mlenv.modules.objective import Objective
+
+if TYPE_CHECKING:
+    from mlenv.loops.fit import Progress
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class StepOutput:
 class TrainStep(Protocol):
     """Trains on the next batch; an eager step and one that reads ahead share the loop."""
 
-    def advance(self, batches: Iterator[Batch]) -> StepOutput | None:
+    def advance(self, batches: Iterator[Batch], progress: Progress) -> StepOutput | None:
         """Runs forward, backward and update on the next batch; None once any rank has no more data."""
         ...
 
@@ -44,7 +47,7 @@ class EagerStep:
         optimizers: each is stepped after every backward pass; tables with a fused optimizer need none.
         objective: what the logits are measured by; its own parameters are among those of the optimizers.
         clip: parameters whose joint gradient norm is limited, and the limit; no limit at 0.
-        decay: lowers the learning rates of all optimizers; None keeps them.
+        rates: sets the learning rates of all optimizers; None keeps them.
     """
 
     def __init__(
@@ -53,21 +56,21 @@ class EagerStep:
         model: nn.Module,
         optimizers: list[torch.optim.Optimizer],
         objective: Objective,
-        clip: tuple[list[nn.Parameter], float],
-        decay: LinearDecay | None,
+        clip: tuple[list[Tensor], float],
+        rates: LearningRates | None,
     ) -> None:
         self._fabric, self._model, self._optimizers = fabric, model, optimizers
-        self._objective, self._clip, self._decay = objective, clip, decay
+        self._objective, self._clip, self._rates = objective, clip, rates
 
-    def advance(self, batches: Iterator[Batch]) -> StepOutput | None:
+    def advance(self, batches: Iterator[Batch], progress: Progress) -> StepOutput | None:
         """Trains on the next batch; None when there is none."""
         batch = next(batches, None)
         if batch is None:
             return None
         batch = batch.to(self._fabric.device, non_blocking=True)
         self._model.train()
-        if self._decay is not None:
-            self._decay.advance()
+        if self._rates is not None:
+            self._rates.follow(progress)
         with self._fabric.autocast():
             logits = self._model(batch)
         check_logits(logits, batch)

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import math
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,8 +18,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mlenv.batch import Position
+from mlenv.config import MONITORS
 from mlenv.errors import CheckpointError, TrainingError
-from mlenv.loops.checkpoint import load_tensors, newest_checkpoint, save_checkpoint
+from mlenv.loops.checkpoint import list_checkpoints, load_tensors, newest_checkpoint, save_checkpoint
 from mlenv.loops.fit import Progress
 from mlenv.loops.journal import JOURNAL_FILE, Journal
 from mlenv.loops.train_step import StepOutput
@@ -27,6 +29,7 @@ from mlenv.loops.training_state import random_tensors, set_random_tensors
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_FOLDER = "checkpoints"
+BEST_FOLDER = "best"
 PROGRESS = "progress.json"
 CONFIG = "config.yaml"
 
@@ -39,6 +42,8 @@ class RunOptions:
     """Names of the terms of the objective, such as ``click/loss``."""
     log_every_steps: int
     keep_checkpoints: int
+    monitor: str
+    """``task/metric`` that the best model is chosen by; empty chooses none."""
     total_steps: int
     """Steps that the whole training will take, for the progress bar."""
     config: str
@@ -73,7 +78,7 @@ class TrainingRun:
         gauges: Callable[[], Mapping[str, float]],
     ) -> None:
         self.journal = Journal(output / JOURNAL_FILE)
-        self._checkpoints, self._options = output / CHECKPOINT_FOLDER, options
+        self._checkpoints, self._best, self._options = output / CHECKPOINT_FOLDER, output / BEST_FOLDER, options
         self._state, self._begin, self._check, self._started = state, begin, check, started
         self._validate, self._gauges = validate, gauges
         # What was seen since the last record; part of the checkpoint, so that a resumed run logs the same numbers.
@@ -95,6 +100,7 @@ class TrainingRun:
             progress = self._load(checkpoint)
             logger.info("continues from %s, step %d", checkpoint, progress.step)
         self.journal.truncate(progress.step)
+        self._forget_best(after="" if checkpoint is None else checkpoint.name)
         self._started()
         self._bar = tqdm(
             total=self._options.total_steps, initial=progress.step, unit="step", desc="train", disable=None, leave=False, dynamic_ncols=True
@@ -113,20 +119,51 @@ class TrainingRun:
         if self._bar is not None:
             self._bar.update()
 
-    def evaluate(self, progress: Progress) -> None:
-        """Writes the metrics of the validation window."""
+    def evaluate(self, progress: Progress) -> Progress:
+        """Writes the metrics of the validation window, and keeps the model when its monitor is the best so far.
+
+        Raises:
+            TrainingError: the monitor is no number.
+        """
         started = time.perf_counter()
-        self.journal.append(progress.step, {f"validation/{name}": value for name, value in self._validate().items()})
+        metrics, monitor = self._validate(), self._options.monitor
+        self.journal.append(progress.step, {f"validation/{name}": value for name, value in metrics.items()})
+        if monitor:
+            if not math.isfinite(metrics[monitor]):
+                fix = "choose a validation window with both labels, or lower the learning rates if the training diverged"
+                raise TrainingError(f"step {progress.step}: validation/{monitor} is {metrics[monitor]}. Fix: {fix}.")
+            progress = progress.judged(metrics[monitor], MONITORS[monitor.rpartition("/")[2]])
+            if progress.stale_evaluations == 0:
+                self._write(self._best, progress, keep=0)
+                self._prune_best()
         self._seconds += time.perf_counter() - started
+        return progress
 
     def save(self, progress: Progress) -> None:
         """Writes a checkpoint. What was logged before it is on the disk first."""
+        self._write(self._checkpoints, progress, keep=self._options.keep_checkpoints)
+        self._prune_best()
+
+    def _write(self, folder: Path, progress: Progress, keep: int) -> None:
         self._check_finite(progress)
         self.journal.sync()
         tensors = {**self._state(), **random_tensors(), **{f"run.{name}": sums.cpu() for name, sums in self._sums.items()}}
         record = {**dataclasses.asdict(progress), "data_fingerprint": self._options.data_fingerprint}
         documents = {PROGRESS: json.dumps(record, indent=2), CONFIG: self._options.config}
-        save_checkpoint(self._checkpoints, progress.step, tensors, documents, self._options.keep_checkpoints)
+        save_checkpoint(folder, progress.step, tensors, documents, keep)
+
+    def _prune_best(self) -> None:
+        """Leaves the best model of all, and the best one as of each checkpoint that a killed training may go on from."""
+        best = list_checkpoints(self._best)
+        starts = list_checkpoints(self._checkpoints)
+        needed = {max((path for path in best if path.name <= start.name), default=None) for start in starts}
+        for path in (path for path in best[:-1] if path not in needed):
+            shutil.rmtree(path)
+
+    def _forget_best(self, after: str) -> None:
+        """Removes the best models of steps that a killed training has lost."""
+        for path in (path for path in list_checkpoints(self._best) if path.name > after):
+            shutil.rmtree(path)
 
     def _check_finite(self, progress: Progress) -> None:
         """Refuses to write a model whose loss is no number any more: the checkpoints before it are worth more."""
@@ -153,7 +190,7 @@ class TrainingRun:
         load_tensors(checkpoint, {**self._state(), **random, **sums})
         set_random_tensors(random)
         self._sums = {name: sums[f"run.{name}"] for name in self._sums}
-        return Progress(record["step"], record["examples"], Position(**record["position"]))
+        return Progress(**{**record, "position": Position(**record["position"])})
 
     def _record(self, progress: Progress) -> None:
         self._check_finite(progress)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from mlenv.loops.optimizers import RowWiseAdagrad
 
 _TORCHREC_TABLE = re.compile(r"collections\.\w+\.(?:embedding_bags|embeddings)\.")
 
@@ -25,12 +23,10 @@ def parameter_names(model: nn.Module, objective: nn.Module) -> dict[Tensor, str]
     return names | {parameter: f"objective.{name}" for name, parameter in objective.named_parameters()}
 
 
-def optimizer_tensors(
-    model: nn.Module, names: Mapping[Tensor, str], adam: torch.optim.Optimizer, tables: RowWiseAdagrad | None
-) -> dict[str, Any]:
-    """State of the optimizers, by the name of the parameter. ``tables`` is None when no table is plain."""
+def optimizer_tensors(model: nn.Module, names: Mapping[Tensor, str], optimizers: Iterable[torch.optim.Optimizer]) -> dict[str, Any]:
+    """State of the optimizers, by the name of the parameter; that of TorchRec's fused one is taken from the model."""
     tensors: dict[str, Any] = {}
-    for optimizer in (adam, tables) if tables is not None else (adam,):
+    for optimizer in optimizers:
         for parameter, state in optimizer.state.items():
             tensors |= {f"optimizer.{_canonical(names[parameter])}.{key}": value for key, value in state.items()}
     if hasattr(model, "fused_optimizer"):

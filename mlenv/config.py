@@ -141,14 +141,16 @@ class EmbeddingsConfig:
 
     engine: Literal["torch", "torchrec"] = "torch"
     """torch: plain tables, everywhere, exportable; torchrec: fused update and sharding over ranks."""
+    optimizer: Literal["row_wise_adagrad", "adam"] = "row_wise_adagrad"
+    """row_wise_adagrad touches the rows that a step looks up; adam every row at every step, which only small tables can afford."""
     init_std: float = 0.01
     """Standard deviation of the initial rows, normal around zero."""
     learning_rate: float = 0.02
-    """Of row-wise Adagrad, which keeps one accumulator per row (Duchi et al. 2011; Mudigere et al. 2022, arXiv:2104.05158)."""
+    """Of row-wise Adagrad, which keeps one accumulator per row (Duchi et al. 2011; Mudigere et al. 2022, arXiv:2104.05158), or of Adam."""
     eps: float = 1e-8
-    """Added to the root of the accumulator."""
+    """Added to the root of the accumulator, or of Adam's second moment."""
     weight_decay: float = 0.0
-    """L2 penalty of the rows that a step looks up: this times the row is added to its gradient."""
+    """L2 penalty: this times a row is added to its gradient; of the rows that a step looks up, under adam of all rows."""
 
     def __post_init__(self) -> None:
         check_above("learning_rate", self.learning_rate, 0)
@@ -164,7 +166,7 @@ class OptimizerConfig:
     weight_decay: float = 0.0
     """Decay per step in units of the learning rate; biases and normalizations are spared."""
     gradient_clip_norm: float = 0.0
-    """Largest norm of the gradient of the dense parameters; 0 does not clip."""
+    """Largest norm of the gradient of the dense parameters, and of tables under Adam with them; 0 does not clip."""
 
     def __post_init__(self) -> None:
         check_above("learning_rate", self.learning_rate, 0)
@@ -290,18 +292,27 @@ class ObjectiveConfig:
         return self.distillation is not None and not self.distillation.teacher
 
 
+MONITORS: dict[str, bool] = {"auc": True, "grouped_auc": True, "log_loss": False, "normalized_entropy": False, "ece": False}
+"""Metrics that the best step can be chosen by, and whether higher is better."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoopConfig:
     """How long to train, on what, and what to keep."""
 
     max_steps: int = 0
     """Optimizer steps; 0 trains to the end of ``data.num_epochs``."""
-    learning_rate_decay: Literal["none", "linear"] = "none"
-    """linear lowers all learning rates, the tables' too, to zero at the end; a single pass ends better calibrated so."""
+    learning_rate_decay: Literal["none", "linear", "plateau"] = "none"
+    """linear lowers all learning rates, the tables' too, to zero at the end; a single pass ends better calibrated so.
+    plateau divides them by ten, not below 1e-6, at every evaluation that brings no better ``monitor``."""
     log_every_steps: int = 50
     """Steps between two records of the loss."""
     evaluate_every_steps: int = 0
     """Steps between two evaluations on the validation window; 0 never."""
+    monitor: str = ""
+    """Validation metric, such as click/auc, whose best evaluation is the model that is kept; empty keeps the last step."""
+    stop_after_evaluations: int = 0
+    """Evaluations in a row without a better ``monitor`` after which the training stops; 0 never."""
     checkpoint_every_steps: int = 1000
     """Steps between two checkpoints; a killed run loses at most these."""
     keep_checkpoints: int = 2
@@ -316,6 +327,7 @@ class LoopConfig:
             ("max_steps", 0),
             ("log_every_steps", 1),
             ("evaluate_every_steps", 0),
+            ("stop_after_evaluations", 0),
             ("checkpoint_every_steps", 1),
             ("keep_checkpoints", 1),
         ):
@@ -389,7 +401,15 @@ def _problems(config: ExperimentConfig) -> Iterator[MlenvError]:
         for column in set(calibrator.segments) - set(schema.segments):
             fix = f"add it to schema.segments; {nearest(column, schema.segments)}"
             yield ConfigError(f"calibration.{task}.segments", expected="columns of schema.segments", received=column, fix=fix)
+    yield from _monitor_problems(config)
     if config.embeddings.engine == "torchrec":
+        if config.embeddings.optimizer != "row_wise_adagrad":
+            yield ConfigError(
+                "embeddings.optimizer",
+                expected="row_wise_adagrad, the one optimizer of the engine torchrec",
+                received=config.embeddings.optimizer,
+                fix="set embeddings.engine to torch",
+            )
         for name, table in schema.tables.items():
             if table.embedding_dim % 4:
                 fix = "round it up, or set embeddings.engine to torch"
@@ -417,3 +437,30 @@ def _objective_problems(objective: ObjectiveConfig, schema: Schema) -> Iterator[
     if objective.reads_teacher_columns and not any(label.teacher for label in schema.labels.values()):
         fix = "name them, or name a checkpoint in objective.distillation.teacher"
         yield ConfigError("schema.labels", expected="a teacher column for at least one task", received="none", fix=fix)
+
+
+def _monitor_problems(config: ExperimentConfig) -> Iterator[MlenvError]:
+    """What keeps a training from choosing its best step."""
+    loop, tasks = config.loop, config.schema.tasks
+    if not loop.monitor:
+        fix = f"set loop.monitor, for example to {tasks[0]}/auc" if tasks else "set loop.monitor"
+        if loop.learning_rate_decay == "plateau":
+            yield ConfigError("loop.learning_rate_decay", expected="none or linear without loop.monitor", received="plateau", fix=fix)
+        if loop.stop_after_evaluations:
+            received = loop.stop_after_evaluations
+            yield ConfigError("loop.stop_after_evaluations", expected="0 without loop.monitor", received=received, fix=fix)
+        return
+    task, _, metric = loop.monitor.partition("/")
+    if task not in tasks:
+        yield ConfigError(
+            "loop.monitor", expected="TASK/METRIC with a task of schema.labels", received=loop.monitor, fix=nearest(task, tasks)
+        )
+    if metric not in MONITORS:
+        expected = f"TASK/METRIC with one of {sorted(MONITORS)}"
+        yield ConfigError("loop.monitor", expected=expected, received=loop.monitor, fix=nearest(metric, MONITORS))
+    if metric == "grouped_auc" and not config.schema.request:
+        fix = "name the column of the request in schema.request, or monitor auc"
+        yield ConfigError("loop.monitor", expected="a metric that needs no schema.request", received=loop.monitor, fix=fix)
+    if config.data.validation is None:
+        fix = "set data.validation and loop.evaluate_every_steps"
+        yield ConfigError("loop.monitor", expected="no monitor without data.validation", received=loop.monitor, fix=fix)

@@ -13,7 +13,7 @@ import torch
 import torch.distributed
 from lightning.fabric import Fabric
 from omegaconf import OmegaConf
-from torch import nn
+from torch import Tensor, nn
 
 from mlenv.batch import Extra, example_batch
 from mlenv.composition import from_plain, to_plain, to_yaml
@@ -24,11 +24,11 @@ from mlenv.kinds import kind_of
 from mlenv.loops.calibration import CALIBRATORS_FILE, Calibrator, calibrators_from_json, calibrators_to_json, fit_calibrators
 from mlenv.loops.checkpoint import add_document, list_checkpoints, load_tensors, read_document, verify
 from mlenv.loops.evaluate import evaluate, score
-from mlenv.loops.learning_rate import LinearDecay
-from mlenv.loops.optimizers import RowWiseAdagrad, build_adam, dense_parameters, plain_tables
+from mlenv.loops.learning_rate import LearningRates, linear_decay, plateau_decay
+from mlenv.loops.optimizers import build_adam, build_table_optimizer, dense_parameters, plain_tables
 from mlenv.loops.sharding import shard
 from mlenv.loops.train_step import EagerStep
-from mlenv.loops.training_run import CHECKPOINT_FOLDER, CONFIG, RunOptions, TrainingRun
+from mlenv.loops.training_run import BEST_FOLDER, CHECKPOINT_FOLDER, CONFIG, RunOptions, TrainingRun
 from mlenv.loops.training_state import model_tensors, optimizer_tensors, parameter_names
 from mlenv.modules import ENGINES, NumericNormalization, Objective, gate_gauges
 from mlenv.schema import Schema
@@ -44,8 +44,8 @@ NORMALIZATION_ROWS = 262_144
 """Training rows that means and standard deviations are fitted on."""
 
 _MAY_CHANGE = (
-    *("name", "output", "tracking.", "calibration.", "data.path", "data.test", "data.validation", "data.decode_threads"),
-    *("loop.log_every_steps", "loop.evaluate_every_steps", "loop.checkpoint_every_steps", "loop.keep_checkpoints", "loop.device"),
+    *("name", "output", "tracking.", "calibration.", "data.path", "data.test", "data.decode_threads"),
+    *("loop.log_every_steps", "loop.checkpoint_every_steps", "loop.keep_checkpoints", "loop.stop_after_evaluations", "loop.device"),
 )
 """Keys that a resumed training may set anew; any other would make it another model."""
 
@@ -53,6 +53,9 @@ _HEADER = "# What mlenv composed of defaults, files and overrides.\n"
 
 _LENGTH = ("loop.max_steps", "data.num_epochs")
 """Keys that a resumed training may set anew unless the learning rate follows from them."""
+
+_VALIDATION = ("data.validation", "loop.evaluate_every_steps")
+"""Keys that a resumed training may set anew unless the best step is chosen by them."""
 
 
 class Experiment:
@@ -105,11 +108,15 @@ class Experiment:
     @cached_property
     def step(self) -> EagerStep:
         """One step of training."""
-        clip = dense_parameters(self.model), self.config.optimizer.gradient_clip_norm
-        decay = None
-        if self.config.loop.learning_rate_decay == "linear":
-            decay = LinearDecay(self.optimizers, getattr(self.model, "fused_optimizer", None), self.total_steps)
-        return EagerStep(self.fabric, self.model, self.optimizers, self.objective, clip, decay)
+        clipped: list[Tensor] = [*self._dense_parameters]
+        if self.config.embeddings.optimizer == "adam":
+            clipped += plain_tables(self.model)
+        clip = clipped, self.config.optimizer.gradient_clip_norm
+        decay, rates = self.config.loop.learning_rate_decay, None
+        if decay != "none":
+            schedule = linear_decay(self.total_steps) if decay == "linear" else plateau_decay
+            rates = LearningRates(self.optimizers, getattr(self.model, "fused_optimizer", None), schedule)
+        return EagerStep(self.fabric, self.model, self.optimizers, self.objective, clip, rates)
 
     @cached_property
     def total_steps(self) -> int:
@@ -125,12 +132,16 @@ class Experiment:
     @cached_property
     def run(self) -> TrainingRun:
         """The run in the output folder, which is made and locked, and tracked in MLflow."""
-        self._occupy()
         source, loop = self.source("train"), self.config.loop
+        if loop.monitor and self.total_steps < loop.evaluate_every_steps:
+            expected = f"at most the {self.total_steps} steps of the training, so that loop.monitor is measured"
+            raise ConfigError("loop.evaluate_every_steps", expected=expected, received=loop.evaluate_every_steps)
+        self._occupy()
         options = RunOptions(
             terms=self.objective.terms,
             log_every_steps=loop.log_every_steps,
             keep_checkpoints=loop.keep_checkpoints,
+            monitor=loop.monitor,
             total_steps=self.total_steps,
             config=to_yaml(self.config),
             data_fingerprint=source.fingerprint,
@@ -157,12 +168,12 @@ class Experiment:
         return self._sources[split]
 
     def load(self) -> Path:
-        """Loads the newest checkpoint of the output folder into the model, for evaluation, and returns it.
+        """Loads a checkpoint into the model, for evaluation, and returns it: the best with ``loop.monitor``, else the newest.
 
         Raises:
             CheckpointError: there is none, it is damaged, or it belongs to another schema or model.
         """
-        checkpoints = list_checkpoints(self.output / CHECKPOINT_FOLDER)
+        checkpoints = list_checkpoints(self.output / (BEST_FOLDER if self.config.loop.monitor else CHECKPOINT_FOLDER))
         if not checkpoints:
             raise CheckpointError(str(self.output), expected="a checkpoint", received="none", fix="train first: mlenv train CONFIG")
         verify(checkpoints[-1])
@@ -248,17 +259,21 @@ class Experiment:
 
     @cached_property
     def _adam(self) -> torch.optim.Optimizer:
-        return build_adam([*dense_parameters(self.model), *self.objective.parameters()], self.config.optimizer)
+        return build_adam(self._dense_parameters, self.config.optimizer)
 
     @cached_property
-    def _table_optimizer(self) -> RowWiseAdagrad | None:
+    def _dense_parameters(self) -> list[nn.Parameter]:
+        return [*dense_parameters(self.model), *self.objective.parameters()]
+
+    @cached_property
+    def _table_optimizer(self) -> torch.optim.Optimizer | None:
         tables = plain_tables(self.model)
-        return RowWiseAdagrad(tables, self.config.embeddings) if tables else None
+        return build_table_optimizer(tables, self.config.embeddings) if tables else None
 
     def _tensors(self) -> dict[str, Any]:
         objective = {f"objective.{name}": tensor for name, tensor in self.objective.state_dict().items()}
         names = parameter_names(self.model, self.objective)
-        return {**model_tensors(self.model), **objective, **optimizer_tensors(self.model, names, self._adam, self._table_optimizer)}
+        return {**model_tensors(self.model), **objective, **optimizer_tensors(self.model, names, self.optimizers)}
 
     def _gauges(self) -> dict[str, float]:
         return {**self.objective.gauges(), **gate_gauges(self.model)}
@@ -304,7 +319,8 @@ class Experiment:
         saved = _plain(text)
         self._check_schema(checkpoint, saved)
         before, now = _flat(saved), _flat(to_plain(self.config))
-        may_change = _MAY_CHANGE if self.config.loop.learning_rate_decay == "linear" else _MAY_CHANGE + _LENGTH
+        loop = self.config.loop
+        may_change = _MAY_CHANGE + (() if loop.learning_rate_decay == "linear" else _LENGTH) + (() if loop.monitor else _VALIDATION)
         changed = [
             f"{key}: {before.get(key)!r} became {now.get(key)!r}"
             for key in {**before, **now}

@@ -10,7 +10,6 @@ from pathlib import Path
 from mlenv.config import ExperimentConfig
 from mlenv.datasets.coverage import feature_coverage
 from mlenv.experiment import SPLITS, Experiment, Split
-from mlenv.loops.checkpoint import list_checkpoints
 from mlenv.loops.evaluate import Evaluation, evaluate
 from mlenv.loops.fit import fit
 from mlenv.loops.journal import JOURNAL_FILE, Journal
@@ -46,13 +45,14 @@ def train(config: ExperimentConfig) -> TrainingResult:
         for split in splits:
             experiment.source(split)  # all windows are checked before the first step
         progress = fit(experiment.step, experiment.source("train"), experiment.run, config.loop)
-        experiment.calibrate(list_checkpoints(experiment.output / CHECKPOINT_FOLDER)[-1])
+        checkpoint = experiment.load()
+        experiment.calibrate(checkpoint)
         evaluation = evaluate_and_report(experiment) if "test" in splits else None
         if evaluation is not None:
             _journal_once(experiment.run.journal, progress.step, evaluation)
             for name in (METRICS, REPORT):
                 experiment.keep(experiment.output / name)
-        experiment.keep(list_checkpoints(experiment.output / CHECKPOINT_FOLDER)[-1], "model")
+        experiment.keep(checkpoint, "model")
         report = experiment.output / REPORT if evaluation is not None else None
     # Asked only now that all has been sent.
     return TrainingResult(progress.step, evaluation, report, experiment.tracked_as)

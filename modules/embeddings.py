@@ -71,16 +71,17 @@ class EmbeddingLayout:
 
 
 class TorchEmbeddings(nn.Module):
-    """Plain tables with sparse gradients, looked up with PyTorch's own operators: runs and exports everywhere."""
+    """Plain tables, looked up with PyTorch's own operators: runs and exports everywhere. Gradients are sparse, or dense for Adam."""
 
     def __init__(self, schema: Schema, config: EmbeddingsConfig, seed: int) -> None:
         super().__init__()
         self.layout = EmbeddingLayout(schema)
+        self.is_sparse = config.optimizer == "row_wise_adagrad"
         self.tables = nn.ModuleDict()
         for name, table in schema.tables.items():
             weight = torch.empty(table.num_embeddings, table.embedding_dim)
             fill_initial_rows(weight, 0, name, config.init_std, seed)
-            self.tables[name] = nn.Embedding(table.num_embeddings, table.embedding_dim, sparse=True, _weight=weight)
+            self.tables[name] = nn.Embedding(table.num_embeddings, table.embedding_dim, sparse=self.is_sparse, _weight=weight)
 
     def forward(self, sparse: SparseFeatures) -> EmbeddedFeatures:
         """
@@ -100,17 +101,18 @@ class TorchEmbeddings(nn.Module):
             assert isinstance(table, nn.Embedding)
             weight = table.weight
             if key.group == "sequence":
-                values = functional.embedding(ids, weight, sparse=True)
+                values = functional.embedding(ids, weight, sparse=self.is_sparse)
                 events.setdefault(key.feature, []).append(EmbeddedSequence(values, lengths[place]))
             elif key.group == "single" and len(ids) == sparse.batch_size:
-                pooled.append(functional.embedding(ids, weight, sparse=True))
+                pooled.append(functional.embedding(ids, weight, sparse=self.is_sparse))
             else:
                 weights = (
                     sparse.weights[offsets[place] : offsets[place + 1]]
                     if sparse.weights is not None and key.group == "weighted_bag"
                     else None
                 )
-                pooled.append(_embedding_bag(ids, weight, lengths[place], weights, self.layout.tables[key.table].pooling))
+                pooling = self.layout.tables[key.table].pooling
+                pooled.append(_embedding_bag(ids, table, lengths[place], weights, pooling))
         return EmbeddedFeatures(_side_by_side(pooled, lengths), _joined_fields(events))
 
 
@@ -213,9 +215,9 @@ def _pool(vectors: Tensor, lengths: Tensor, weights: Tensor | None, pooling: str
     return _divide(pooled, lengths, pooling)
 
 
-def _embedding_bag(ids: Tensor, weight: Tensor, lengths: Tensor, weights: Tensor | None, pooling: str) -> Tensor:
+def _embedding_bag(ids: Tensor, table: nn.Embedding, lengths: Tensor, weights: Tensor | None, pooling: str) -> Tensor:
     offsets = torch.cumsum(lengths, 0) - lengths
-    pooled = functional.embedding_bag(ids, weight, offsets, mode="sum", sparse=True, per_sample_weights=weights)
+    pooled = functional.embedding_bag(ids, table.weight, offsets, mode="sum", sparse=table.sparse, per_sample_weights=weights)
     return _divide(pooled, lengths, pooling)
 
 

@@ -37,24 +37,37 @@ def comparable(metrics):
     return {key: None if value is not None and math.isnan(value) else value for key, value in metrics.items()}
 
 
+def tensors_of(checkpoint: Path):
+    return {name: tensor for file in checkpoint.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
 def final_state(output: Path):
     checkpoint = list_checkpoints(output / "checkpoints")[-1]
-    tensors = {name: tensor for file in checkpoint.glob("*.safetensors") for name, tensor in load_file(file).items()}
     journal = [
         {key: value for key, value in comparable(line).items() if key not in {"time", "train/examples_per_second"}}
         for line in Journal(output / "metrics.jsonl").read()
     ]
-    return checkpoint.name, tensors, journal, json.loads((output / "metrics.json").read_text())
+    return checkpoint.name, tensors_of(checkpoint), journal, json.loads((output / "metrics.json").read_text())
+
+
+def assert_same_tensors(tensors, others):
+    assert tensors.keys() == others.keys()
+    for key, tensor in tensors.items():
+        assert torch.equal(tensor, others[key]), key
 
 
 def assert_identical(one: Path, other: Path):
     (name, tensors, journal, metrics), (other_name, other_tensors, other_journal, other_metrics) = final_state(one), final_state(other)
     assert name == other_name
-    assert tensors.keys() == other_tensors.keys()
-    for key, tensor in tensors.items():
-        assert torch.equal(tensor, other_tensors[key]), key
+    assert_same_tensors(tensors, other_tensors)
     assert journal == other_journal
     assert metrics == other_metrics
+    best, other_best = (list_checkpoints(output / "best")[-1:] for output in (one, other))
+    assert len(best) == len(other_best)
+    for path, other_path in zip(best, other_best, strict=True):
+        assert path.name == other_path.name
+        assert_same_tensors(tensors_of(path), tensors_of(other_path))
+        assert (path / "progress.json").read_text() == (other_path / "progress.json").read_text()
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -64,10 +77,25 @@ def test_a_second_training_is_identical_to_the_bit(demo_arguments, tmp_path, eng
     assert_identical(tmp_path / "one", tmp_path / "two")
 
 
+BEST_STEP = [
+    *("data.train.end=2026-01-01", "data.validation.start=2026-01-02", "data.validation.end=2026-01-02", "data.num_epochs=8"),
+    *("loop.evaluate_every_steps=7", "loop.monitor=click/auc", "loop.learning_rate_decay=plateau", "loop.stop_after_evaluations=4"),
+]
+"""Evaluations fall between the checkpoints."""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ENGINES)
-def test_a_killed_training_ends_as_if_it_had_never_been_killed(demo_arguments, tmp_path, engine):
-    settings = [f"embeddings.engine={engine}", "data.num_epochs=8"]
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["data.num_epochs=8", "embeddings.engine=torch"],
+        ["data.num_epochs=8", "embeddings.engine=torchrec"],
+        [*BEST_STEP, "embeddings.optimizer=adam", "embeddings.weight_decay=0.01", "optimizer.gradient_clip_norm=1"],
+        [*BEST_STEP, "embeddings.engine=torchrec"],
+    ],
+    ids=["torch", "torchrec", "best step, torch", "best step, torchrec"],
+)
+def test_a_killed_training_ends_as_if_it_had_never_been_killed(demo_arguments, tmp_path, settings):
     train(config(demo_arguments(*settings, output="undisturbed")))
 
     command = [sys.executable, "-m", "mlenv", "train", *demo_arguments(*settings, output="killed")]
@@ -86,6 +114,60 @@ def test_a_killed_training_ends_as_if_it_had_never_been_killed(demo_arguments, t
     assert f"continues from {tmp_path / 'killed' / 'checkpoints'}" in finished.stderr
     assert stopped_at in finished.stderr
     assert_identical(tmp_path / "undisturbed", tmp_path / "killed")
+
+
+@pytest.mark.parametrize("killed_after", [9, 19, 26])
+def test_the_best_step_does_not_depend_on_a_training_being_killed(demo_arguments, tmp_path, killed_after):
+    class KilledError(Exception):
+        pass
+
+    def train_until_killed():
+        with Experiment(killed) as experiment:
+            advance = experiment.step.advance
+
+            def advance_until_killed(batches, progress):
+                if progress.step == killed_after:
+                    raise KilledError
+                return advance(batches, progress)
+
+            experiment.step.advance = advance_until_killed
+            fit(experiment.step, experiment.source("train"), experiment.run, killed.loop)
+
+    settings = [*BEST_STEP, "embeddings.optimizer=adam", "loop.max_steps=40"]
+    train(config(demo_arguments(*settings, output="undisturbed")))
+    killed = config(demo_arguments(*settings, output="killed"))
+    with pytest.raises(KilledError):
+        train_until_killed()
+    train(killed)
+    assert_identical(tmp_path / "undisturbed", tmp_path / "killed")
+
+
+def test_the_best_step_is_measured_and_a_training_that_stopped_stays_stopped(demo_arguments, tmp_path):
+    settings = config(demo_arguments(*BEST_STEP, "embeddings.learning_rate=0.5", "loop.stop_after_evaluations=2"))
+    result = train(settings)
+    output = tmp_path / "run of a test"
+    lines = Journal(output / "metrics.jsonl").read()
+    curve = {line["step"]: line["validation/click/auc"] for line in lines if "validation/click/auc" in line}
+    best = max(curve, key=curve.get)
+    assert result.steps == max(curve) == best + 14
+    with Experiment(settings) as experiment:
+        assert experiment.load() == output / "best" / f"step-{best:08d}"
+        assert evaluate(experiment.model, experiment.source("validation")).metrics["click/auc"] == curve[best]
+        assert comparable(evaluate(experiment.model, experiment.source("test")).metrics) == comparable(result.evaluation.metrics)
+    before = final_state(output)
+    assert train(settings).steps == result.steps
+    assert (before[0], *before[2:]) == (final_state(output)[0], *final_state(output)[2:])
+    longer = [*BEST_STEP, "embeddings.learning_rate=0.5", "loop.stop_after_evaluations=3"]
+    assert train(config(demo_arguments(*longer))).steps > result.steps
+    for change in ("loop.monitor=conversion/auc", "loop.evaluate_every_steps=9", "data.validation.end=2026-01-03"):
+        with pytest.raises(CheckpointError, match=change.partition("=")[0]):
+            train(config(demo_arguments(*longer, change)))
+
+
+def test_a_training_too_short_to_be_evaluated_has_no_best_step(demo_arguments, tmp_path):
+    with pytest.raises(ConfigError, match=r"loop\.evaluate_every_steps: expected at most the 5 steps of the training"):
+        train(config(demo_arguments(*BEST_STEP, "loop.max_steps=5")))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_both_engines_have_the_same_curve_and_read_each_others_checkpoints(demo_arguments, tmp_path):

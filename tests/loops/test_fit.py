@@ -20,14 +20,15 @@ class Source:
 
 
 class Step:
-    def advance(self, batches):
+    def advance(self, batches, progress):
+        assert progress.position == Position(row=progress.step)
         place = next(batches, None)
         return None if place is None else StepOutput(4, Position(row=place + 1), torch.zeros(1), torch.ones(1))
 
 
 class Run:
-    def __init__(self, progress=None):
-        self.events, self.progress = [], progress or Progress()
+    def __init__(self, progress=None, monitored=()):
+        self.events, self.progress, self.monitored = [], progress or Progress(), list(monitored)
 
     def restore(self):
         return self.progress
@@ -37,6 +38,7 @@ class Run:
 
     def evaluate(self, progress):
         self.events.append(("evaluate", progress.step))
+        return progress.judged(self.monitored.pop(0), higher_is_better=True) if self.monitored else progress
 
     def save(self, progress):
         self.events.append(("save", progress.step))
@@ -67,3 +69,23 @@ def test_it_evaluates_before_it_saves():
     run = Run()
     fit(Step(), Source(), run, LoopConfig(max_steps=4, evaluate_every_steps=2, checkpoint_every_steps=4))
     assert [event for event in run.events if event[0] != "log"] == [("evaluate", 2), ("evaluate", 4), ("save", 4)]
+
+
+def test_it_stops_when_the_monitor_gets_no_better_and_stays_stopped():
+    config = LoopConfig(evaluate_every_steps=2, checkpoint_every_steps=3, monitor="click/auc", stop_after_evaluations=2)
+    run = Run(monitored=[0.5, 0.4, 0.6, 0.6, 0.6, 0.9])
+    progress = fit(Step(), Source(), run, config)
+    assert progress == Progress(10, 40, Position(row=10), best=0.6, stale_evaluations=2, decays=3)
+    assert run.events[-2:] == [("evaluate", 10), ("save", 10)]
+    again = Run(progress)
+    assert fit(Step(), Source(), again, config) == progress
+    assert again.events == []
+
+
+def test_a_better_monitor_is_one_that_gains_more_than_rounding():
+    progress = Progress().judged(0.5, higher_is_better=True)
+    assert (progress.best, progress.stale_evaluations) == (0.5, 0)
+    assert progress.judged(0.5 + 5e-7, higher_is_better=True).stale_evaluations == 1
+    assert progress.judged(0.5 + 2e-6, higher_is_better=True).best == 0.5 + 2e-6
+    assert progress.judged(0.4, higher_is_better=False).best == 0.4
+    assert progress.judged(0.6, higher_is_better=False) == Progress(best=0.5, stale_evaluations=1, decays=1)

@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 from mlenv.config import EmbeddingsConfig, OptimizerConfig
-from mlenv.loops.optimizers import RowWiseAdagrad, build_adam, dense_parameters, plain_tables
+from mlenv.loops.optimizers import RowWiseAdagrad, build_adam, build_table_optimizer, dense_parameters, plain_tables
+from mlenv.modules import TorchEmbeddings
+from mlenv.schema import Categorical, Label, Schema, Table
 
 
 def test_row_wise_adagrad_by_hand():
@@ -60,3 +62,30 @@ def test_adam_has_all_its_state_from_the_start():
         reference.step()
     torch.testing.assert_close(model[1].weight, copy)
     torch.testing.assert_close(model[1].bias, bias)
+
+
+def test_adam_over_whole_tables_descends_the_loss_plus_half_the_penalty():
+    config = EmbeddingsConfig(optimizer="adam", learning_rate=0.1, weight_decay=0.3, init_std=1.0)
+    schema = Schema(features={"item": Categorical()}, tables={"item": Table(num_embeddings=4, embedding_dim=2)}, labels={"click": Label()})
+    model = nn.Sequential(TorchEmbeddings(schema, config, seed=0), nn.Embedding(3, 2))
+    tables = plain_tables(model)
+    assert [id(table) for table in tables] == [id(model[0].tables["item"].weight)]
+    assert [id(parameter) for parameter in dense_parameters(model)] == [id(model[1].weight)]
+    optimizer = build_table_optimizer(tables, config)
+    assert set(optimizer.state[tables[0]]) == {"step", "exp_avg", "exp_avg_sq"}
+
+    # Kingma and Ba, algorithm 1, with the gradient of the penalised loss by autograd.
+    table = tables[0].detach().double().requires_grad_()
+    first, second = torch.zeros(4, 2), torch.zeros(4, 2)
+    factors = torch.tensor([[1.0, -2.0]])
+    ids = torch.tensor([1, 1, 3])
+    for step in range(1, 4):
+        (nn.functional.embedding(ids, tables[0]) * factors).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        loss = (nn.functional.embedding(ids, table) * factors).square().sum() + 0.3 / 2 * table.square().sum()
+        (gradient,) = torch.autograd.grad(loss, table)
+        first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient.square()
+        with torch.no_grad():
+            table -= 0.1 * (first / (1 - 0.9**step)) / ((second / (1 - 0.999**step)).sqrt() + config.eps)
+    torch.testing.assert_close(tables[0].double(), table, rtol=1e-5, atol=1e-6)

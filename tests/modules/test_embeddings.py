@@ -115,3 +115,18 @@ def test_a_view_of_some_keys_shares_memory():
     jagged = part.to_keyed_jagged_tensor()
     assert jagged.values().data_ptr() == part.values.data_ptr()
     assert [jagged[key].lengths().tolist() for key in part.keys] == [list(map(len, BAGS[key])) for key in part.keys]
+
+
+def test_dense_gradients_are_those_of_the_rows():
+    gradients = []
+    for optimizer in ("row_wise_adagrad", "adam"):
+        embeddings = TorchEmbeddings(SCHEMA, EmbeddingsConfig(optimizer=optimizer), seed=0)
+        embedded = embeddings(sparse_features())
+        torch.manual_seed(0)
+        parts = [embedded.pooled, embedded.sequences["history"].values]
+        sum((part * torch.randn_like(part)).sum() for part in parts).backward()
+        gradients.append({name: table.weight.grad for name, table in embeddings.tables.items()})
+    sparse, dense = gradients
+    for name in SCHEMA.tables:
+        assert sparse[name].is_sparse
+        torch.testing.assert_close(sparse[name].to_dense(), dense[name])

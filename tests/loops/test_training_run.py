@@ -1,0 +1,74 @@
+"""Which models a run keeps as the best, with values in the place of evaluations."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mlenv.errors import TrainingError
+from mlenv.loops.checkpoint import list_checkpoints
+from mlenv.loops.fit import Progress
+from mlenv.loops.training_run import RunOptions, TrainingRun
+
+
+def run_of(folder, values, monitor="click/auc"):
+    options = RunOptions(
+        tasks=("click",), log_every_steps=1, keep_checkpoints=2, monitor=monitor, total_steps=10, config="a: 1", data_fingerprint="x"
+    )
+    values = iter(values)
+    run = TrainingRun(
+        folder,
+        options,
+        state=lambda: {"weight": torch.zeros(1)},
+        begin=lambda: None,
+        check=lambda path, text: None,
+        started=lambda: None,
+        validate=lambda: {monitor or "click/auc": next(values)},
+    )
+    return run, run.restore()
+
+
+def best(folder):
+    return [int(path.name[5:]) for path in list_checkpoints(folder / "best")]
+
+
+def test_the_best_evaluation_is_kept_and_those_a_checkpoint_goes_on_from(tmp_path):
+    run, progress = run_of(tmp_path, [0.5, 0.7, 0.6, 0.8, 0.9, 0.9, 0.7])
+    kept = []
+    for step in range(1, 8):
+        progress = run.evaluate(Progress(step, best=progress.best, stale_evaluations=progress.stale_evaluations, decays=progress.decays))
+        if step in (3, 6, 7):
+            run.save(progress)
+        kept.append(best(tmp_path))
+    # Checkpoint 3 knows of the best step 2, which therefore stays until checkpoints 6 and 7 have taken its place.
+    assert kept == [[1], [2], [2], [2, 4], [2, 5], [2, 5], [5]]
+    assert (progress.best, progress.stale_evaluations, progress.decays) == (0.9, 2, 3)
+
+
+def test_a_killed_run_forgets_the_best_of_lost_steps_and_still_has_the_one_before(tmp_path):
+    run, progress = run_of(tmp_path, [0.5, 0.6])
+    progress = run.evaluate(Progress(1))
+    run.save(progress)
+    run.evaluate(Progress(2, best=progress.best))
+    assert best(tmp_path) == [1, 2]
+    again, progress = run_of(tmp_path, [0.45, 0.55])
+    assert (progress, best(tmp_path)) == (Progress(1, best=0.5), [1])
+    progress = again.evaluate(Progress(2, best=progress.best))
+    assert (progress.stale_evaluations, best(tmp_path)) == (1, [1])
+
+
+def test_lower_is_better_where_it_is_and_nothing_is_kept_without_a_monitor(tmp_path):
+    (tmp_path / "loss").mkdir()
+    run, progress = run_of(tmp_path / "loss", [0.5, 0.6], monitor="click/log_loss")
+    for step in (1, 2):
+        progress = run.evaluate(Progress(step, best=progress.best))
+    assert best(tmp_path / "loss") == [1]
+    run, _ = run_of(tmp_path, [0.5], monitor="")
+    assert run.evaluate(Progress(1)) == Progress(1)
+    assert best(tmp_path) == []
+
+
+def test_a_monitor_that_is_no_number_stops_the_training(tmp_path):
+    run, _ = run_of(tmp_path, [float("nan")])
+    with pytest.raises(TrainingError, match=r"step 1: validation/click/auc is nan\. Fix: choose a validation window with both labels"):
+        run.evaluate(Progress(1))
