@@ -23,6 +23,10 @@ class Cells:
     """An empty cell is null."""
 
 
+ID = Cells("an integer", lambda text: text.cast(pl.Int64, strict=False), may_be_empty=False)
+LABEL = Cells("0 or 1", lambda text: text.replace_strict({"0": 0, "1": 1}, default=None, return_dtype=pl.Int8), may_be_empty=False)
+
+
 def read_csv(path: Path, columns: Mapping[str, Cells]) -> pl.DataFrame:
     """The named columns of a CSV file with a header, plain or compressed.
 

@@ -1,4 +1,4 @@
-"""Writing a data set as one folder per day, whole or not at all."""
+"""Writing a data set as one folder per day, or per part, whole or not at all."""
 
 from __future__ import annotations
 
@@ -16,10 +16,19 @@ ROW_GROUP_ROWS = 32_768
 
 
 def write_day_partitions(days: Iterable[tuple[date, pa.Table]], out: Path, *, row_group_rows: int = ROW_GROUP_ROWS) -> None:
-    """Writes each day's rows to ``out/date=YYYY-MM-DD/part-00000.parquet``.
+    """Writes each day's rows to ``out/date=YYYY-MM-DD/part-00000.parquet``; ``days`` yields each day once.
+
+    Raises:
+        DataError: see ``write_parts``.
+    """
+    write_parts(((f"date={day.isoformat()}", rows) for day, rows in days), out, row_group_rows=row_group_rows)
+
+
+def write_parts(parts: Iterable[tuple[str, pa.Table]], out: Path, *, row_group_rows: int = ROW_GROUP_ROWS) -> None:
+    """Writes the rows of each part to ``out/PART/part-00000.parquet``.
 
     ``out`` appears at the end, complete; until then the files lie in a temporary folder beside it, which goes away
-    when anything fails. ``days`` yields each day once; it is not started when ``out`` cannot be written.
+    when anything fails. ``parts`` yields each part once; it is not started when ``out`` cannot be written.
 
     Raises:
         DataError: ``out`` exists and is not an empty folder, or the folder that it lies in does not exist.
@@ -29,8 +38,8 @@ def write_day_partitions(days: Iterable[tuple[date, pa.Table]], out: Path, *, ro
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
         unfinished = Path(temporary, out.name)  # one level down: the temporary folder itself is closed to other users
         unfinished.mkdir()
-        for day, rows in days:
-            folder = unfinished / f"date={day.isoformat()}"
+        for name, rows in parts:
+            folder = unfinished / name
             folder.mkdir()
             pq.write_table(rows, folder / "part-00000.parquet", row_group_size=row_group_rows)
         unfinished.rename(out)

@@ -20,7 +20,7 @@ import polars as pl
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from mlenv.datasets.csv_table import Cells, read_csv
+from mlenv.datasets.csv_table import ID, LABEL, Cells, read_csv
 from mlenv.datasets.day_partitions import write_day_partitions
 from mlenv.errors import DataError
 
@@ -32,12 +32,10 @@ SEQUENCES = "user_sequences.parquet"
 
 HISTORY_LENGTH = 10
 
-ID = Cells("an integer", lambda text: text.cast(pl.Int64, strict=False), may_be_empty=False)
 INTEGER = Cells("an integer or nothing", lambda text: text.str.strip_suffix(".0").cast(pl.Int64, strict=False))
 NUMBER = Cells("a number or nothing", lambda text: text.cast(pl.Float64, strict=False))
 TEXT = Cells("text", lambda text: text)
 DAY = Cells("a day as YYYYMMDD", lambda text: text.str.to_date("%Y%m%d", strict=False), may_be_empty=False)
-LABEL = Cells("0 or 1", lambda text: text.replace_strict({"0": 0, "1": 1}, default=None, return_dtype=pl.Int8), may_be_empty=False)
 IDS = Cells(
     "integers separated by '|' or ','",
     lambda text: pl.when(text.str.contains(r"^\d+([|,]\d+)*$")).then(

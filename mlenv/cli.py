@@ -63,8 +63,8 @@ def _parser() -> argparse.ArgumentParser:
 
     for name, run, text in (
         ("train", _train, "Train a model, or continue a killed training; measure it on the test window; write a report."),
-        ("evaluate", _evaluate, "Measure the newest checkpoint on the test window again, and write the report again."),
-        ("predict", _predict, "Write the predictions of the newest checkpoint for the test window."),
+        ("evaluate", _evaluate, "Measure the model that a training kept on the test window again, and write the report again."),
+        ("predict", _predict, "Write the predictions of the model that a training kept for the test window."),
     ):
         made = verb(verbs, name, partial(_with_config, run), text)
         made.add_argument("config", type=Path, help="YAML file; settings may follow as key=value")
@@ -78,10 +78,10 @@ def _parser() -> argparse.ArgumentParser:
         data, "simulate", _simulate, "Write an ads log of several days whose truth is known. Settings as key=value, such as num_days=7."
     )
     made.add_argument("--out", type=Path, required=True, help="new folder for the day partitions")
-    made = verb(data, "convert", _convert, "Turn a public data set into day partitions.")
-    made.add_argument("dataset", choices=["kuairand"])
+    made = verb(data, "convert", _convert, "Turn a public data set into Parquet files: by day, or into train, validation and test.")
+    made.add_argument("dataset", choices=["frappe", "kuairand"])
     made.add_argument("--source", type=Path, required=True, help="folder of the original files")
-    made.add_argument("--out", type=Path, required=True, help="new folder for the day partitions")
+    made.add_argument("--out", type=Path, required=True, help="new folder for the converted files")
 
     made = verb(verbs, "ui", _ui, "Open MLflow on the runs tracked here.")
     made.add_argument("--uri", default="", help="where the runs are, as in tracking.uri; otherwise where training puts them by default")
@@ -143,9 +143,11 @@ def _convert(options: argparse.Namespace) -> int:
     if options.dry_run:
         print(f"would convert {options.dataset} from {options.source} to {options.out}")
         return DONE
+    from mlenv.datasets.frappe import convert_frappe
     from mlenv.datasets.kuairand import convert_kuairand
 
-    convert_kuairand(options.source, options.out)
+    convert = {"frappe": convert_frappe, "kuairand": convert_kuairand}[options.dataset]
+    convert(options.source, options.out)
     print(f"wrote {options.out}")
     return DONE
 
