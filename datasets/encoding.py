@@ -154,7 +154,7 @@ def _encode_dense(rows: pa.RecordBatch, column: DenseColumn, feature: Feature) -
     if isinstance(feature, Binary):
         return _flags(values, column.column, default=feature.default)
     assert isinstance(feature, Numeric)
-    floats = _floats(values, default=feature.default)
+    floats = _floats(values, default=np.nan if feature.default is None else feature.default)
     _check_finite(floats, column.column)
     return floats
 
@@ -174,7 +174,7 @@ def _vectors(values: pa.Array, column: DenseColumn) -> Floats:
 
 def _check_finite(floats: Floats, column: str) -> None:
     """Refuses infinities, which would spread through means and sums to every example."""
-    if np.isinf(np.max(floats, initial=0)) or np.isinf(np.min(floats, initial=0)):
+    if np.isinf(np.fmax.reduce(floats, axis=None, initial=0)) or np.isinf(np.fmin.reduce(floats, axis=None, initial=0)):  # past NaN
         row, *_ = np.argwhere(np.isinf(floats))[0]
         raise RowError(
             int(row), column, expected="a finite number", received=str(floats[row]), fix="write null where the value is not known"

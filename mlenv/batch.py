@@ -93,7 +93,8 @@ class Batch:
     sparse: SparseFeatures
     """Ids per sparse key of the schema; an empty bag pools to zeros."""
     dense: Tensor
-    """``(batch, dense_columns)`` float32, raw values; nulls already filled by the schema, normalized inside the model."""
+    """``(batch, dense_columns)`` float32, raw values, normalized inside the model. Nulls are filled by the schema already;
+    NaN is the null of a numeric feature without a default. Never infinite."""
     labels: Tensor
     """``(batch, tasks)`` float32, 0 or 1; 0 where the weight hides it."""
     weights: Tensor

@@ -25,6 +25,9 @@ IdStorage = Literal["int64", "string"]
 SparseGroup = Literal["single", "bag", "weighted_bag", "sequence"]
 Lookup = Literal["pooled", "pooled_weighted", "unpooled"]
 
+WIDEST_BY_RULE = 64
+"""Widest row that ``Table.embedding_dim: 0`` gives; the rule would go on, to 190 for a million rows."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
@@ -32,8 +35,11 @@ class Table:
 
     num_embeddings: int
     """Rows of the table."""
-    embedding_dim: int
-    """Width of a row."""
+    embedding_dim: int = 0
+    """Width of a row; 0 takes ``6 * num_embeddings ** 0.25``, rounded to a multiple of 4, at most 64.
+
+    Source: Wang et al., "Deep & Cross Network for Ad Click Predictions", ADKDD 2017, arXiv:1708.05123.
+    """
     ids: Literal["index", "hash", "vocabulary"] = "index"
     """index: the id is the row; hash: the stable hash of the id picks the row; vocabulary: its place in the list does."""
     vocabulary: tuple[str, ...] = ()
@@ -45,7 +51,10 @@ class Table:
 
     def __post_init__(self) -> None:
         check_at_least("num_embeddings", self.num_embeddings, 1)
-        check_at_least("embedding_dim", self.embedding_dim, 1)
+        check_at_least("embedding_dim", self.embedding_dim, 0)
+        if not self.embedding_dim:
+            by_rule = min(4 * round(6 * self.num_embeddings**0.25 / 4), WIDEST_BY_RULE)
+            object.__setattr__(self, "embedding_dim", by_rule)  # here, so that a composed config says the width
         if (self.ids == "vocabulary") != bool(self.vocabulary):
             raise ConfigError("vocabulary", expected="a list of ids exactly when ids is 'vocabulary'", received=self.vocabulary)
         if len(set(self.vocabulary)) != len(self.vocabulary):
@@ -83,14 +92,14 @@ class Feature:
 class Numeric(Feature):
     """One number. Any Arrow integer, float or boolean column."""
 
-    default: float = 0.0
-    """Stands in for null and NaN."""
+    default: float | None = 0.0
+    """Stands in for null and NaN; null keeps them, and the model learns what stands in."""
     log1p: bool = False
     """Compress heavy tails: sign(x) * log(1 + |x|), before normalization."""
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.default):
-            raise ConfigError("default", expected="a finite number", received=self.default)
+        if self.default is not None and not math.isfinite(self.default):
+            raise ConfigError("default", expected="a finite number or null", received=self.default)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -64,6 +64,16 @@ def test_a_composed_config_composes_to_itself(control):
     assert compose(control) == config
 
 
+def test_a_composed_config_says_the_width_that_the_rule_gave(control, tmp_path):
+    config = compose(
+        control, ["schema.tables.item.embedding_dim=0", "schema.tables.item.num_embeddings=100", "schema.features.price.default=null"]
+    )
+    (tmp_path / "again.yaml").write_text(to_yaml(config))
+    assert "embedding_dim: 20" in to_yaml(config)
+    assert compose(tmp_path / "again.yaml") == config
+    assert config.schema.features["price"].default is None
+
+
 def test_a_class_of_the_team_is_named_by_its_import_path(control):
     config = compose(control, ["model.kind=mlenv.modules.ranker:RankerConfig", "model.crossing.kind=cross_net"])
     assert isinstance(config.model, RankerConfig)

@@ -98,7 +98,7 @@ def test_every_problem_is_reported_at_once():
     "options",
     [
         {"num_embeddings": 0, "embedding_dim": 4},
-        {"num_embeddings": 4, "embedding_dim": 0},
+        {"num_embeddings": 4, "embedding_dim": -4},
         {"num_embeddings": 4, "embedding_dim": 4, "ids": "vocabulary"},
         {"num_embeddings": 4, "embedding_dim": 4, "vocabulary": ("a",)},
         {"num_embeddings": 1, "embedding_dim": 4, "ids": "vocabulary", "vocabulary": ("a", "b")},
@@ -109,3 +109,19 @@ def test_every_problem_is_reported_at_once():
 def test_a_table_that_cannot_work_is_refused(options):
     with pytest.raises(ConfigError):
         Table(**options)
+
+
+@pytest.mark.parametrize(
+    ("num_embeddings", "width"),
+    [(1, 8), (2, 8), (16, 12), (100, 20), (500, 28), (10_000, 60), (10**8, 64)],  # 6, 7.1, 12, 19.0, 28.4, 60, 600
+)
+def test_a_table_without_a_width_takes_the_rule_of_thumb(num_embeddings, width):
+    assert Table(num_embeddings=num_embeddings).embedding_dim == width
+    assert Table(num_embeddings=num_embeddings) == Table(num_embeddings=num_embeddings, embedding_dim=width)
+
+
+def test_a_default_is_finite_or_null():
+    assert Numeric(default=None).default is None
+    for default in (float("nan"), float("inf")):
+        with pytest.raises(ConfigError, match=r"^default: expected a finite number or null"):
+            Numeric(default=default)

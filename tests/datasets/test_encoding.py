@@ -259,6 +259,19 @@ def test_a_null_pair_is_dropped():
     assert batch.sparse.select(3, 4).weights.tolist() == [0.5, 3.0]
 
 
+def test_a_null_number_without_a_default_stays_null():
+    schema = Schema(features={"price": Numeric(default=None), "age": Numeric()}, labels={"click": Label()})
+    ages = {"age": pa.array([None, 1, 2])}
+    batch = to_batch([encode(rows(**ages), schema)], Position())
+    assert batch.dense[0].tolist() == [1.5, 0]
+    assert batch.dense[1:, 0].isnan().all()
+    assert batch.dense[1:, 1].tolist() == [1, 2]
+    for infinity in ("inf", "-inf"):
+        with pytest.raises(RowError) as caught:
+            encode(rows(price=pa.array([None, 1.0, float(infinity)]), **ages), schema)
+        assert (caught.value.row, caught.value.received) == (2, infinity)
+
+
 def test_no_rows_and_no_sparse_features():
     empty = to_batch([encode(rows().slice(0, 0), SCHEMA)], Position())
     assert len(empty) == 0
