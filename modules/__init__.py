@@ -10,7 +10,9 @@ from mlenv.modules.embeddings import ENGINES, EmbeddedFeatures, EmbeddedSequence
 from mlenv.modules.entire_space_heads import EntireSpaceHeads
 from mlenv.modules.experts import ExpertGates, ExpertNetworks, gate_gauges
 from mlenv.modules.factorization_machine import FactorizationMachine, FactorizationMachineConfig
+from mlenv.modules.feature_dropout import FeatureDropout, FeatureDropoutConfig, SourceConfig
 from mlenv.modules.field_attention import AutoInt, AutoIntConfig, FieldTransformer, FieldTransformerConfig
+from mlenv.modules.field_nulls import FieldNulls
 from mlenv.modules.field_tokens import FieldTokens
 from mlenv.modules.final_mlp import FinalMLP, FinalMLPConfig
 from mlenv.modules.gated_cross_net import GatedCrossNet, GatedCrossNetConfig
@@ -30,6 +32,7 @@ from mlenv.modules.losses import weighted_binary_cross_entropy
 from mlenv.modules.low_rank_cross_net import LowRankCrossNet, LowRankCrossNetConfig
 from mlenv.modules.masknet import MaskNet, MaskNetConfig
 from mlenv.modules.mean_pooling import MeanPooling, MeanPoolingConfig
+from mlenv.modules.mixed_numbers import MixedNumbers, MixedNumbersConfig
 from mlenv.modules.mlp import MLP, MLPConfig
 from mlenv.modules.mmoe import MMoE, MMoEConfig
 from mlenv.modules.noise_robust_losses import (
@@ -38,14 +41,15 @@ from mlenv.modules.noise_robust_losses import (
     SymmetricCrossEntropy,
     SymmetricCrossEntropyConfig,
 )
-from mlenv.modules.normalization import NumericNormalization
+from mlenv.modules.normalization import NumericNormalization, NumericNormalizationConfig
 from mlenv.modules.objective import Losses, Objective
 from mlenv.modules.pointwise_losses import BinaryCrossEntropy, BinaryCrossEntropyConfig, FocalLoss, FocalLossConfig
 from mlenv.modules.progressive_experts import ProgressiveExperts, ProgressiveExpertsConfig
 from mlenv.modules.ranker import Ranker, RankerConfig
-from mlenv.modules.representation import Representation
+from mlenv.modules.representation import NUMBERS, Representation
 from mlenv.modules.request_losses import ListwiseLoss, ListwiseLossConfig, PairwiseLoss, PairwiseLossConfig
 from mlenv.modules.shared_bottom import SharedBottom, SharedBottomConfig
+from mlenv.modules.summaries import Summaries, SummaryConfig
 from mlenv.modules.target_attention import TargetAttention, TargetAttentionConfig
 from mlenv.modules.task_balance import GradNorm, GradNormConfig, PCGrad, PCGradConfig, UncertaintyConfig, UncertaintyWeights
 from mlenv.modules.trans_act import TransAct, TransActConfig
@@ -55,6 +59,7 @@ __all__ = [
     "ENGINES",
     "HSTU",
     "MLP",
+    "NUMBERS",
     "AffineCalibrator",
     "AutoInt",
     "AutoIntConfig",
@@ -80,6 +85,9 @@ __all__ = [
     "FactorizationMachineConfig",
     "FakeNegativeWeightedConfig",
     "FakeNegativeWeightedLoss",
+    "FeatureDropout",
+    "FeatureDropoutConfig",
+    "FieldNulls",
     "FieldTokens",
     "FieldTransformer",
     "FieldTransformerConfig",
@@ -111,8 +119,11 @@ __all__ = [
     "MaskNetConfig",
     "MeanPooling",
     "MeanPoolingConfig",
+    "MixedNumbers",
+    "MixedNumbersConfig",
     "NegativeSamplingConfig",
     "NumericNormalization",
+    "NumericNormalizationConfig",
     "Objective",
     "PCGrad",
     "PCGradConfig",
@@ -127,6 +138,9 @@ __all__ = [
     "SegmentCalibrator",
     "SharedBottom",
     "SharedBottomConfig",
+    "SourceConfig",
+    "Summaries",
+    "SummaryConfig",
     "SymmetricCrossEntropy",
     "SymmetricCrossEntropyConfig",
     "TargetAttention",

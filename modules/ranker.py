@@ -16,10 +16,13 @@ from mlenv.modules.cross_net import CrossNetConfig
 from mlenv.modules.crossings import CROSSINGS, CrossingConfig
 from mlenv.modules.embeddings import Embeddings
 from mlenv.modules.entire_space_heads import EntireSpaceHeads
+from mlenv.modules.feature_dropout import FeatureDropoutConfig
 from mlenv.modules.heads import TaskHeads
 from mlenv.modules.mlp import MLPConfig, check_dropout
-from mlenv.modules.representation import SEQUENCES, Representation, SequenceConfig
+from mlenv.modules.normalization import NumericNormalizationConfig
+from mlenv.modules.representation import NUMBERS, SEQUENCES, NumbersConfig, Representation, SequenceConfig
 from mlenv.modules.shared_bottom import SharedBottomConfig
+from mlenv.modules.summaries import Summaries, SummaryConfig
 from mlenv.schema import Schema
 
 
@@ -43,6 +46,12 @@ class RankerConfig:
 
     sequences: dict[str, SequenceConfig] = kind_field(SEQUENCES, default_factory=dict)
     """Encoder of each sequence feature, by the feature's name; one that is not named is averaged."""
+    numbers: NumbersConfig = kind_field(NUMBERS, default=NumericNormalizationConfig())
+    """How numbers come to one scale."""
+    feature_dropout: FeatureDropoutConfig | None = None
+    """Features that training steps hide, and learned nulls for what is missing; without it an empty bag is zeros."""
+    summaries: dict[str, SummaryConfig] = field(default_factory=dict)
+    """Groups of features, by a name for each, that become one field before they are crossed."""
     crossing: CrossingConfig | None = kind_field(CROSSINGS, default=CrossNetConfig())
     """Explicit interactions of features, beside the deep network; null leaves them out."""
     deep: MLPConfig = field(default_factory=MLPConfig)
@@ -69,11 +78,16 @@ class Ranker(nn.Module):
 
     def __init__(self, config: RankerConfig, schema: Schema, embeddings: Embeddings) -> None:
         super().__init__()
-        self.representation = Representation(schema, embeddings, config.sequences)
+        self.representation = Representation(schema, embeddings, config.sequences, config.numbers, config.feature_dropout)
+        self.summaries, field_dims = None, self.representation.field_dims
+        if config.summaries:
+            with placed_under("summaries"):
+                self.summaries = Summaries(config.summaries, self.representation.features, field_dims)
+            field_dims = self.summaries.field_dims
         self.dropout = nn.Dropout(config.input_dropout)
-        self.deep = config.deep.build(self.representation.output_dim)
+        self.deep = config.deep.build(sum(field_dims))
         with placed_under("crossing"):
-            self.crossing = None if config.crossing is None else config.crossing.build(self.representation.field_dims)
+            self.crossing = None if config.crossing is None else config.crossing.build(field_dims)
         crossed_dim = 0 if self.crossing is None else int(self.crossing.output_dim)  # type: ignore[arg-type]
         with placed_under("experts"):
             self.experts = config.experts.build(self.deep.output_dim + crossed_dim, schema.tasks)
@@ -91,7 +105,10 @@ class Ranker(nn.Module):
         Returns:
             logits ``(batch, tasks)`` float32.
         """
-        inputs = self.dropout(self.representation(batch))
+        inputs = self.representation(batch)
+        if self.summaries is not None:
+            inputs = self.summaries(inputs)
+        inputs = self.dropout(inputs)
         outputs = self.deep(inputs)
         if self.crossing is not None:
             outputs = torch.cat([self.crossing(inputs), outputs], dim=1)

@@ -8,12 +8,11 @@ import pytest
 import torch
 
 from mlenv.errors import ConfigError
-from mlenv.modules import CrossNet, CrossNetConfig, MLPConfig, NumericNormalization, TaskHeads, weighted_binary_cross_entropy
+from mlenv.modules import CrossNet, CrossNetConfig, MLPConfig, TaskHeads, weighted_binary_cross_entropy
 from mlenv.modules.embeddings import EmbeddedSequence
 from mlenv.modules.field_tokens import FieldTokens
 from mlenv.modules.mean_pooling import MeanPoolingConfig
 from mlenv.modules.shared_bottom import SharedBottomConfig
-from mlenv.schema import Binary, DenseVector, Label, Numeric, Schema
 
 
 def test_cross_net_multiplies_the_input_with_itself():
@@ -64,27 +63,6 @@ def test_the_loss_is_a_weighted_mean_per_task():
     losses = weighted_binary_cross_entropy(logits, labels, weights)
     assert losses[0].item() == pytest.approx(first, rel=1e-6)
     assert losses[1].item() == 0  # no example counts
-
-
-def test_normalization_is_fitted_and_travels_in_the_state():
-    schema = Schema(
-        features={"plain": Numeric(), "heavy": Numeric(log1p=True), "flag": Binary(), "same": Numeric(), "vector": DenseVector(dim=1)},
-        labels={"click": Label()},
-    )
-    dense = torch.tensor([[1.0, 0.0, 1.0, 7.0, 5.0], [3.0, math.e - 1, 0.0, 7.0, 6.0], [5.0, -(math.e**2 - 1), 1.0, 7.0, 7.0]])
-    normalization = NumericNormalization(schema)
-    normalization.fit([dense[:1], dense[1:]])
-    std = math.sqrt(8 / 3)
-    heavy = torch.tensor([0.0, 1.0, -2.0])
-    result = normalization(dense)
-    torch.testing.assert_close(result[:, 0], torch.tensor([-2 / std, 0.0, 2 / std]))
-    torch.testing.assert_close(result[:, 1], (heavy - heavy.mean()) / heavy.std(correction=0))
-    assert torch.equal(result[:, [2, 4]], dense[:, [2, 4]])
-    assert result[:, 3].tolist() == [0, 0, 0]
-    assert normalization(torch.tensor([[1e9, 1e9, 1.0, 1e9, 1e9]]))[0].tolist() == [10, pytest.approx(10), 1, 10, 1e9]
-    again = NumericNormalization(schema)
-    again.load_state_dict(normalization.state_dict())
-    assert torch.equal(again(dense), result)
 
 
 def test_mean_pooling_gives_the_mean_and_how_many_there_were():
