@@ -13,7 +13,7 @@ from mlenv.loops.training_run import RunOptions, TrainingRun
 
 def run_of(folder, values, monitor="click/auc"):
     options = RunOptions(
-        tasks=("click",), log_every_steps=1, keep_checkpoints=2, monitor=monitor, total_steps=10, config="a: 1", data_fingerprint="x"
+        terms=("click/loss",), log_every_steps=1, keep_checkpoints=2, monitor=monitor, total_steps=10, config="a: 1", data_fingerprint="x"
     )
     values = iter(values)
     run = TrainingRun(
@@ -24,6 +24,7 @@ def run_of(folder, values, monitor="click/auc"):
         check=lambda path, text: None,
         started=lambda: None,
         validate=lambda: {monitor or "click/auc": next(values)},
+        gauges=lambda: {},
     )
     return run, run.restore()
 
