@@ -23,7 +23,8 @@ class FieldTokens(nn.Module):
         self.is_view = set(field_dims) == {token_dim}
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
         for dim, count in [] if self.is_view else self.runs:
-            self.weights.append(nn.Parameter(torch.randn(count, dim, token_dim) * dim**-0.5))
+            # The maps of a run as one matrix: the gradient of an axis of size 1 has strides that distributed training warns about.
+            self.weights.append(nn.Parameter(torch.randn(count * dim, token_dim) * dim**-0.5))
             self.biases.append(nn.Parameter(torch.zeros(count * token_dim)))  # flat: decay is for matrices
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -39,5 +40,5 @@ class FieldTokens(nn.Module):
         tokens = []
         pieces = torch.split(inputs, [dim * count for dim, count in self.runs], dim=1)
         for (dim, count), piece, weight, bias in zip(self.runs, pieces, self.weights, self.biases, strict=True):
-            tokens.append(torch.einsum("bfd,fdt->bft", piece.view(-1, count, dim), weight) + bias.view(count, -1))
+            tokens.append(torch.einsum("bfd,fdt->bft", piece.view(-1, count, dim), weight.view(count, dim, -1)) + bias.view(count, -1))
         return torch.cat(tokens, dim=1)

@@ -56,8 +56,9 @@ class FinalMLP(nn.Module):
         self.num_heads = config.num_heads
         first_dim, second_dim = config.first.hidden[-1], config.second.hidden[-1]
         self.linear = nn.Linear(first_dim + second_dim, config.fused_dim)
-        shape = (config.num_heads, first_dim // config.num_heads, second_dim // config.num_heads, config.fused_dim)
-        self.bilinear = nn.Parameter(torch.randn(shape) * (shape[0] * shape[1] * shape[2]) ** -0.5)
+        self._shape = shape = (config.num_heads, first_dim // config.num_heads, second_dim // config.num_heads, config.fused_dim)
+        # One matrix: the gradient of an axis of size 1 has strides that distributed training warns about.
+        self.bilinear = nn.Parameter((torch.randn(shape) * (shape[0] * shape[1] * shape[2]) ** -0.5).view(first_dim, -1))
         self.output_dim = config.fused_dim
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -70,7 +71,7 @@ class FinalMLP(nn.Module):
         """
         first, second = (stream(2 * gate(inputs).sigmoid() * inputs) for gate, stream in zip(self.gates, self.streams, strict=True))
         first_heads, second_heads = (torch.unflatten(outputs, 1, (self.num_heads, -1)) for outputs in (first, second))
-        products = torch.einsum("bhi,hijo,bhj->bo", first_heads, self.bilinear, second_heads)
+        products = torch.einsum("bhi,hijo,bhj->bo", first_heads, self.bilinear.view(self._shape), second_heads)
         fused: Tensor = self.linear(torch.cat([first, second], dim=1)) + products
         return fused
 

@@ -22,7 +22,7 @@ def test_equals_the_formula_row_by_row_and_head_by_head(num_heads, fused_dim):
             outputs.append(stream(weights * row))
         first, second = outputs
         fused = model.linear.weight[:, :4] @ first + model.linear.weight[:, 4:] @ second + model.linear.bias
-        for head, weight in enumerate(model.bilinear):
+        for head, weight in enumerate(model.bilinear.view(num_heads, 4 // num_heads, 6 // num_heads, fused_dim)):
             one, two = first.chunk(num_heads)[head], second.chunk(num_heads)[head]
             fused = fused + torch.stack([one @ weight[:, :, place] @ two for place in range(fused_dim)])
         expected.append(fused)
