@@ -64,35 +64,6 @@ def test_only_earlier_events_of_the_same_example_are_seen():
     assert not values.grad[4:].any()
 
 
-def test_gradients():
-    encoder, values = build(num_layers=1).double(), events_of_all().requires_grad_()
-    assert torch.autograd.gradcheck(lambda v: encoder(EmbeddedSequence(v, LENGTHS), NO_CANDIDATE), values)
-
-
-def test_a_batch_without_events_is_zeros_and_trains():
-    encoder = build()
-    encoded = encoder(EmbeddedSequence(torch.zeros(0, EVENT_DIM), torch.zeros(2, dtype=torch.int32)), NO_CANDIDATE[:2])
-    assert encoded.tolist() == [[0.0] * EVENT_DIM] * 2
-    encoded.sum().backward()
-    assert all(parameter.grad.isfinite().all() for parameter in encoder.parameters())
-
-
-def test_half_precision_stays_finite():
-    encoder = build()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        encoded = encoder(EmbeddedSequence(events_of_all(torch.float32) * 1e3, LENGTHS), NO_CANDIDATE)
-    encoded.float().sum().backward()
-    assert encoded.isfinite().all()
-    assert all(parameter.grad.isfinite().all() for parameter in encoder.parameters())
-
-
-def test_it_compiles_without_a_break():
-    encoder, sequence = build().eval(), EmbeddedSequence(events_of_all(torch.float32), LENGTHS)
-    with torch._dynamo.config.patch(capture_scalar_outputs=True):  # the length of the longest sequence is a value
-        compiled = torch.compile(encoder, fullgraph=True, backend="eager")
-        torch.testing.assert_close(compiled(sequence, NO_CANDIDATE), encoder(sequence, NO_CANDIDATE))
-
-
 @pytest.mark.parametrize(
     ("options", "key"),
     [

@@ -37,17 +37,6 @@ def slowly(attention: TargetAttention, values: torch.Tensor, lengths: torch.Tens
     return torch.stack(results)
 
 
-class Plain(nn.Module):
-    """Tensors in, tensor out, as an exported program wants it."""
-
-    def __init__(self, attention: TargetAttention) -> None:
-        super().__init__()
-        self.attention = attention
-
-    def forward(self, values, lengths, candidate):
-        return self.attention(EmbeddedSequence(values, lengths), candidate)
-
-
 @pytest.mark.parametrize("candidate_dim", [EVENT_DIM, 2])
 @pytest.mark.parametrize("normalize", [False, True])
 def test_it_equals_a_loop_over_events(candidate_dim, normalize):
@@ -69,43 +58,6 @@ def test_weights_computed_by_hand():
     pooled = attention(EmbeddedSequence(torch.tensor([[2.0], [3.0]]), torch.tensor([2])), torch.tensor([[5.0]]))
     first, second = 2 + 10 * 5 + 100 * (2 - 5) + 1000 * 10 + 0.5, 3 + 10 * 5 + 100 * (3 - 5) + 1000 * 15 + 0.5
     assert pooled.item() == pytest.approx(first * 2 + second * 3)
-
-
-@pytest.mark.parametrize("normalize", [False, True])
-def test_gradients(normalize):
-    attention = build(2, normalize=normalize).double()
-    values, candidate = (tensor.requires_grad_() for tensor in inputs(2))
-    assert torch.autograd.gradcheck(lambda v, c: attention(EmbeddedSequence(v, LENGTHS), c), (values, candidate))
-
-
-@pytest.mark.parametrize("normalize", [False, True])
-def test_a_batch_without_events_is_zeros_and_trains(normalize):
-    attention = build(normalize=normalize)
-    pooled = attention(EmbeddedSequence(torch.zeros(0, EVENT_DIM), torch.zeros(2, dtype=torch.int32)), torch.randn(2, EVENT_DIM))
-    assert pooled.tolist() == [[0.0] * EVENT_DIM] * 2
-    pooled.sum().backward()
-    assert all(parameter.grad.isfinite().all() for parameter in attention.parameters())
-
-
-@pytest.mark.parametrize("normalize", [False, True])
-def test_half_precision_stays_finite(normalize):
-    values, candidate = inputs(dtype=torch.float32)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        pooled = build(normalize=normalize)(EmbeddedSequence(values * 1e3, LENGTHS), candidate)
-    assert pooled.isfinite().all()
-
-
-@pytest.mark.parametrize("normalize", [False, True])
-def test_it_compiles_and_exports(normalize):
-    attention, (values, candidate) = Plain(build(normalize=normalize)).eval(), inputs(dtype=torch.float32)
-    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
-    expected = attention(values, LENGTHS, candidate)
-    torch.testing.assert_close(compiled(values, LENGTHS, candidate), expected)
-    batch, events = torch.export.Dim("batch", min=2), torch.export.Dim("events")
-    shapes = ({0: events}, {0: batch}, {0: batch})
-    exported = torch.export.export(attention, (values, LENGTHS, candidate), dynamic_shapes=shapes, strict=True).module()
-    others = values[:5], torch.tensor([0, 5], dtype=torch.int32), candidate[:2]
-    torch.testing.assert_close(exported(*others), attention(*others))
 
 
 @pytest.mark.parametrize(("options", "key"), [({"candidate": ()}, "candidate"), ({"candidate": ("item",), "hidden": (8, 0)}, "hidden")])

@@ -99,41 +99,6 @@ def test_no_event_of_another_example_is_seen():
     assert not values.grad[4:].any()
 
 
-def test_gradients():
-    encoder, (values, candidate) = build(num_layers=1).double(), inputs()
-    values, candidate = values.requires_grad_(), candidate.requires_grad_()
-    assert torch.autograd.gradcheck(lambda v, c: encoder(EmbeddedSequence(v, LENGTHS), c), (values, candidate))
-
-
-@pytest.mark.parametrize("num_last", [0, NUM_LAST])
-def test_a_batch_without_events_is_zeros_and_trains(num_last):
-    encoder = build(max_hidden_events=1, num_last=num_last)
-    nothing = EmbeddedSequence(torch.zeros(0, EVENT_DIM), torch.zeros(2, dtype=torch.int32))
-    encoded = encoder(nothing, torch.randn(2, CANDIDATE_DIM))
-    assert encoded.tolist() == [[0.0] * (num_last + 1) * TOKEN_DIM] * 2
-    encoded.sum().backward()
-    assert all(parameter.grad.isfinite().all() for parameter in encoder.parameters())
-
-
-def test_half_precision_stays_finite():
-    values, candidate = inputs(torch.float32)
-    encoder = build(max_hidden_events=4)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        encoded = encoder(EmbeddedSequence(values * 1e3, LENGTHS), candidate)
-    encoded.float().sum().backward()
-    assert encoded.isfinite().all()
-    assert all(parameter.grad.isfinite().all() for parameter in encoder.parameters())
-
-
-def test_it_compiles_without_a_break():
-    values, candidate = inputs(torch.float32)
-    encoder = build().eval()
-    sequence = EmbeddedSequence(values, LENGTHS)
-    with torch._dynamo.config.patch(capture_scalar_outputs=True):  # the length of the longest sequence is a value
-        compiled = torch.compile(encoder, fullgraph=True, backend="eager")
-        torch.testing.assert_close(compiled(sequence, candidate), encoder(sequence, candidate))
-
-
 @pytest.mark.parametrize(
     ("options", "key"),
     [
