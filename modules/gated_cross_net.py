@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from mlenv.errors import check_at_least
@@ -47,5 +48,5 @@ class GatedCrossNet(nn.Module):
         """
         crossed = inputs
         for cross, gate in zip(self.crosses, self.gates, strict=True):
-            crossed = inputs * cross(crossed) * gate(crossed).sigmoid() + crossed
+            crossed = torch.addcmul(crossed, inputs, cross(crossed) * gate(crossed).sigmoid())
         return crossed

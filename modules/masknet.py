@@ -84,7 +84,8 @@ class _MaskBlock(nn.Module):
     def __init__(self, config: MaskNetConfig, fields_dim: int, value_dim: int) -> None:
         super().__init__()
         inner_dim = max(1, round(value_dim * config.reduction_ratio))
-        self.mask = nn.Sequential(nn.Linear(fields_dim, inner_dim), nn.ReLU(), nn.Linear(inner_dim, value_dim))
+        # In place: the widest tensor of the block, which nothing else reads.
+        self.mask = nn.Sequential(nn.Linear(fields_dim, inner_dim), nn.ReLU(inplace=True), nn.Linear(inner_dim, value_dim))
         linear = nn.Linear(value_dim, config.block_dim, bias=False)
         self.hidden = nn.Sequential(linear, nn.LayerNorm(config.block_dim), nn.ReLU(), nn.Dropout(config.dropout))
 
