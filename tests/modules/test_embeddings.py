@@ -5,7 +5,7 @@ import torch
 
 from mlenv.batch import SparseFeatures
 from mlenv.config import EmbeddingsConfig
-from mlenv.modules.embeddings import TorchEmbeddings, fill_initial_rows, rows_of_bags
+from mlenv.modules.embeddings import ENGINES, TorchEmbeddings, fill_initial_rows, rows_of_bags
 from mlenv.schema import Categorical, Label, MultiCategorical, Schema, Sequence, SequenceField, Table, Weighted
 
 SCHEMA = Schema(
@@ -77,6 +77,21 @@ def test_bags_pool_to_what_is_computed_by_hand():
     torch.testing.assert_close(history.values, torch.stack(rows))
     assert history.lengths.tolist() == [2, 0, 1]
     assert embeddings.layout.sequence_dims == {"history": 4}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_features_that_are_all_null_pool_to_zeros_and_train_nothing(engine):
+    embeddings = ENGINES[engine](SCHEMA, EmbeddingsConfig(init_std=1.0), seed=1)
+    if engine == "torchrec":
+        embeddings = embeddings.to_empty(device="cpu")
+    keys = tuple(key.name for key in SCHEMA.sparse_keys)
+    lengths = torch.zeros(3 * len(keys), dtype=torch.int32)
+    embedded = embeddings(SparseFeatures(keys, torch.zeros(0, dtype=torch.int64), lengths, (0,) * len(keys), torch.zeros(0)))
+    history = embedded.sequences["history"]
+    assert embedded.pooled.tolist() == [[0.0] * sum(embeddings.layout.pooled_dims)] * 3
+    assert (history.values.shape, history.lengths.tolist()) == ((0, 4), [0, 0, 0])
+    (embedded.pooled.sum() + history.values.sum()).backward()
+    assert not any(table.grad.to_dense().any() for table in embeddings.parameters() if table.grad is not None)
 
 
 def test_gradients_are_sparse_and_reach_the_rows_that_were_looked_up():
