@@ -3,9 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq install --no-deps
 READY := .venv/package.stamp
+FUXICTR := 0245987fdc1d43c36164ea496a02324885a8557a
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint bench lock clean
+.PHONY: help demo test check lint bench peers lock clean
 
 help:
 	@echo "make demo   simulate an ads log, train on it, end with metrics and a report (in work/)"
@@ -13,8 +14,9 @@ help:
 	@echo "make check  lint, then test"
 	@echo "make lint   format, style, types, spelling, file sizes"
 	@echo "make bench  measure every speed and accuracy claim"
+	@echo "make peers  install the libraries that 'make bench' compares crossings with (in .peers/)"
 	@echo "make lock   resolve requirements/cpu.txt again from pyproject.toml"
-	@echo "make clean  remove .venv, builds and caches; work/ stays"
+	@echo "make clean  remove .venv, .peers, builds and caches; work/ stays"
 
 demo: $(READY)
 	@mkdir -p work
@@ -37,13 +39,20 @@ bench: $(READY)
 	@echo "== running the benchmarks"
 	@$(BIN)/python -m benchmarks
 
+peers: $(READY)
+	@echo "== installing benchmarks/peers.txt into .peers"
+	@rm -rf .peers
+	@$(PIP) --target .peers -r benchmarks/peers.txt
+	@echo "== cloning FuxiCTR's model_zoo, which its wheel leaves out; the benchmark runs without it too"
+	-@git clone --quiet https://github.com/reczoo/FuxiCTR .peers/FuxiCTR && git -C .peers/FuxiCTR checkout --quiet $(FUXICTR)
+
 lock: .venv/bin/python
 	@echo "== resolving pyproject.toml into requirements/cpu.txt"
 	@$(BIN)/python requirements/lock.py
 
 clean:
-	@echo "== removing .venv, builds and caches; work/ stays, it holds your runs"
-	@rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@echo "== removing .venv, .peers, builds and caches; work/ stays, it holds your runs"
+	@rm -rf .venv .peers build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -not -path './work/*' -prune -exec rm -rf {} +
 
 .venv/bin/python:

@@ -13,7 +13,10 @@ from pathlib import Path
 
 from benchmarks.machine import describe_machine
 
-BENCHMARKS = ("loader", "training_loop", "table_size", "jagged_sequences", "kuairand", "calibration", "frappe", "distillation")
+BENCHMARKS = (
+    *("loader", "training_loop", "table_size", "jagged_sequences", "crossings"),
+    *("kuairand", "calibration", "frappe", "distillation"),
+)
 RESULTS = Path(__file__).parent / "results"
 
 
