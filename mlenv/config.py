@@ -243,6 +243,8 @@ class DistillationConfig:
     """Of the teacher's term beside the loss of the labels, which keeps the weight 1."""
     final_weight: float | None = None
     """Weight at the last step, reached in a straight line; null keeps it constant."""
+    unlabeled_rows: bool = False
+    """Learn from the teacher also where the label is hidden, such as on rows that were made up to be taught on."""
     hidden: HiddenDistillationConfig | None = None
     """Learns from an inner layer of the teacher as well; needs a teacher that is a model."""
     precision: Literal["32-true", "bf16-mixed"] = "32-true"

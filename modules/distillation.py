@@ -45,8 +45,8 @@ class TaughtLosses:
 class Distillation(nn.Module):
     """Adds to each task's loss how far the student is from the teacher, with a weight that may follow the steps.
 
-    A row counts for a task with the weight that its label has, and not at all where the teacher has no prediction. The
-    distance of the inner layers, which belongs to no task, is shared out among them evenly.
+    A row counts for a task with the weight that its label has (with ``unlabeled_rows``, 1 where that is 0), and not at all
+    where the teacher has no prediction. The distance of the inner layers, which belongs to no task, is shared out among them evenly.
 
     Source: Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network", arXiv:1503.02531, section 2.
     """
@@ -73,7 +73,8 @@ class Distillation(nn.Module):
         """
         taught = self._teach(batch)
         is_taught = ~taught.logits.isnan()
-        weights = batch.weights * is_taught
+        counted = torch.where(batch.weights > 0, batch.weights, 1.0) if self._config.unlabeled_rows else batch.weights
+        weights = counted * is_taught
         teacher_logits = torch.where(is_taught, taught.logits, 0.0)
         losses = self._distance(logits, teacher_logits, weights, self._config.temperature, batch.requests)
         terms, sums, tasks = [losses.detach()], [weights.sum(0)], losses * self._weight()

@@ -91,6 +91,14 @@ def test_the_teacher_counts_where_it_has_something_to_say():
     assert logits.grad.isfinite().all()
 
 
+def test_rows_without_a_label_are_taught_when_asked():
+    logits, batch = torch.tensor([[0.2], [0.3]]), batch_of([[1.0], [0.0]], weights=[[2.0], [0.0]])
+    terms = [kl(torch.sigmoid(torch.tensor(taught)), torch.sigmoid(torch.tensor(said))) for taught, said in ((1.0, 0.2), (-1.0, 0.3))]
+    for asked, expected in ((False, terms[0]), (True, (2 * terms[0] + terms[1]) / 3)):
+        objective = made(DistillationConfig(unlabeled_rows=asked), [[1.0], [-1.0]], ("click",))
+        assert objective(logits, batch).terms[1].item() == pytest.approx(expected, rel=1e-5)
+
+
 def made(config, teacher_logits, tasks=("click", "buy"), num_steps=1, **options):
     taught = torch.tensor(teacher_logits)
     return Objective(
