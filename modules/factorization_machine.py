@@ -55,7 +55,7 @@ class FactorizationMachine(nn.Module):
             ``(batch, 1)`` or ``(batch, token_dim)``.
         """
         tokens: Tensor = self.tokens(inputs)
-        pairs = 0.5 * (tokens.sum(1).square() - tokens.square().sum(1))
+        pairs = 0.5 * (tokens.sum(1).square() - (tokens * tokens).sum(1))  # the gradient of square() passes over them once more
         if self.first_order is None:
             return pairs
         value: Tensor = self.first_order(inputs) + pairs.sum(1, keepdim=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from mlenv.errors import check_at_least
@@ -48,5 +47,5 @@ class GatedCrossNet(nn.Module):
         """
         crossed = inputs
         for cross, gate in zip(self.crosses, self.gates, strict=True):
-            crossed = torch.addcmul(crossed, inputs, cross(crossed) * gate(crossed).sigmoid())
+            crossed = inputs * cross(crossed) * gate(crossed).sigmoid() + crossed
         return crossed
