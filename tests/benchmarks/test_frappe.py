@@ -10,7 +10,9 @@ import pytest
 from mlenv.cli import DONE, main
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIGS = sorted(path for path in (ROOT / "benchmarks" / "frappe").glob("*.yaml") if path.stem not in {"schema", "recipe", "deep"})
+PARTS = {"schema", "recipe", "shallow", "deep"}
+"""What the models' configs extend."""
+CONFIGS = sorted(path for path in (ROOT / "benchmarks" / "frappe").glob("*.yaml") if path.stem not in PARTS)
 
 
 @pytest.fixture(scope="module")
