@@ -79,7 +79,7 @@ REMEASURED = {
 
 def measure(folder: Path) -> Result:
     convert_frappe(DATA, folder / "data")
-    labels = torch.from_numpy(pq.read_table(folder / "data" / "test", columns=["label"])["label"].to_numpy()).float().unsqueeze(1)
+    labels = torch.tensor(pq.read_table(folder / "data" / "test", columns=["label"])["label"].to_numpy()).float().unsqueeze(1)
     runs: dict[str, list[Figures]] = {model: [] for model in (*MODELS, TOGETHER)}
     for seed in SEEDS:
         predictions = {}
