@@ -131,7 +131,7 @@ def _train(folder: Path, model: str, seed: int) -> Tensor:
     with Experiment(config) as experiment:
         fit(experiment.step, experiment.source("train"), experiment.run, config.loop)
         experiment.load()
-        return torch.cat([scored for _, scored in score(experiment.model, experiment.source("test"))]).cpu()
+        return torch.cat([torch.sigmoid(logits) for _, logits in score(experiment.model, experiment.source("test"))]).cpu()
 
 
 def _measure(predictions: Tensor, labels: Tensor) -> Figures:
