@@ -55,9 +55,10 @@ class Teacher:
             part = find_part(model, config.hidden.teacher_part, "objective.distillation.hidden.teacher_part")
             self._hidden = WatchedInput(part)
         self._calibrators = _calibrators(checkpoint, taught) if config.calibrated else {}
-        self._view = _View(schema, taught.schema)
+        self._view = _View(schema, taught.schema, device)
         self._teacher_tasks = taught.schema.tasks
-        self._tasks = [taught.schema.tasks.index(task) if task in taught.schema.tasks else -1 for task in schema.tasks]
+        tasks = [taught.schema.tasks.index(task) if task in taught.schema.tasks else -1 for task in schema.tasks]
+        self._tasks = torch.tensor(tasks, device=device)
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Taught:
@@ -94,12 +95,13 @@ def teacher_columns(batch: Batch) -> Taught:
 class _View:
     """The part of a batch that the teacher reads, in the teacher's order."""
 
-    def __init__(self, student: Schema, teacher: Schema) -> None:
+    def __init__(self, student: Schema, teacher: Schema, device: torch.device) -> None:
         places = {key.name: place for place, key in enumerate(student.sparse_keys)}
         self._keys = [places[key.name] for key in teacher.sparse_keys]
         starts = {column.name: column.start for column in student.dense_columns}
-        self._dense = [starts[column.name] + place for column in teacher.dense_columns for place in range(column.width)]
-        self._is_same = self._keys == list(range(len(student.sparse_keys))) and self._dense == list(range(student.num_dense))
+        dense = [starts[column.name] + place for column in teacher.dense_columns for place in range(column.width)]
+        self._dense = torch.tensor(dense, dtype=torch.long, device=device)
+        self._is_same = self._keys == list(range(len(student.sparse_keys))) and dense == list(range(student.num_dense))
 
     def of(self, batch: Batch) -> Batch:
         if self._is_same:

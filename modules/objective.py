@@ -44,6 +44,8 @@ class Objective(nn.Module):
     """
 
     task_weights: Tensor
+    columns: Tensor
+    order: Tensor
 
     def __init__(
         self,
@@ -59,8 +61,11 @@ class Objective(nn.Module):
         columns: dict[LossConfig, list[int]] = {}
         for place, task in enumerate(tasks):
             columns.setdefault(config.losses.get(task, BinaryCrossEntropyConfig()), []).append(place)
-        self._columns = list(columns.values())
-        """Tasks with the same loss, which are computed together."""
+        # Tasks with the same loss are computed together. Where they lie is on the device: no step waits to send it there.
+        self._counts = [len(places) for places in columns.values()]
+        places = torch.tensor([place for group in columns.values() for place in group])
+        self.register_buffer("columns", places, persistent=False)
+        self.register_buffer("order", places.argsort(), persistent=False)
         self.losses = nn.ModuleList(loss.build() for loss in columns)
         self.register_buffer("task_weights", torch.tensor([config.task_weights.get(task, 1.0) for task in tasks]), persistent=False)
         with placed_under("objective.balance"):
@@ -105,12 +110,11 @@ class Objective(nn.Module):
         return {} if weights is None else {f"{task}/weight": value for task, value in zip(self._tasks, weights.tolist(), strict=True)}
 
     def _task_losses(self, logits: Tensor, batch: Batch) -> Tensor:
-        if len(self._columns) == 1:
+        if len(self.losses) == 1:
             losses: Tensor = self.losses[0](logits, batch.labels, batch.weights, batch.requests)
             return losses
-        parts = [
-            loss(logits[:, places], batch.labels[:, places], batch.weights[:, places], batch.requests)
-            for loss, places in zip(self.losses, self._columns, strict=True)
-        ]
-        order = torch.tensor([place for places in self._columns for place in places]).argsort()
-        return torch.cat(parts)[order.to(logits.device)]
+        groups = (
+            torch.split(tensor.index_select(1, self.columns), self._counts, dim=1) for tensor in (logits, batch.labels, batch.weights)
+        )
+        parts = [loss(*columns, batch.requests) for loss, *columns in zip(self.losses, *groups, strict=True)]
+        return torch.cat(parts).index_select(0, self.order)
