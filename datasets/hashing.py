@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import xxhash
 from numpy.typing import NDArray
+
+_NULL = np.uint64(0x6A09E667F3BCC909)
+"""Hash of a null."""
 
 
 def hash_ids(ids: pa.Array) -> NDArray[np.uint64]:
@@ -22,6 +28,51 @@ def hash_ids(ids: pa.Array) -> NDArray[np.uint64]:
     distinct = np.fromiter(map(xxhash.xxh64_intdigest, texts), np.uint64, len(texts))
     hashed: NDArray[np.uint64] = distinct[encoded.indices.to_numpy()]
     return hashed
+
+
+def hash_rows(columns: Sequence[pa.Array]) -> NDArray[np.uint64]:
+    """Hashes what several columns hold in a row to 64 bits; nulls are a value like any other, and lists may be nested.
+
+    The width of an integer or of a float, and whether texts are stored as a dictionary, do not matter.
+    """
+    combined = np.zeros(len(columns[0]), np.uint64)
+    for column in columns:
+        combined = splitmix64(combined ^ _hash_values(column))
+    return combined
+
+
+def _hash_values(values: pa.Array) -> NDArray[np.uint64]:
+    if values.null_count:
+        known = values.is_valid().to_numpy(zero_copy_only=False)
+        hashed = np.full(len(values), _NULL, np.uint64)
+        hashed[known] = _hash_values(values.drop_null())
+        return hashed
+    kind = values.type
+    if pa.types.is_dictionary(kind) and not _is_text(kind.value_type):
+        return _hash_values(values.dictionary_decode())
+    if pa.types.is_boolean(kind):
+        return hash_ids(values.cast(pa.int8()))
+    if pa.types.is_floating(kind):
+        floats = values.cast(pa.float64()).to_numpy() + 0.0  # -0.0 is 0.0
+        return splitmix64(np.where(np.isnan(floats), np.nan, floats).view(np.uint64))
+    if pa.types.is_temporal(kind):
+        return hash_ids(values.cast(pa.int64() if values.type.bit_width == 64 else pa.int32()))
+    if pa.types.is_struct(kind):
+        return hash_rows(values.flatten())
+    if pa.types.is_map(kind):
+        return _hash_values(values.cast(pa.list_(pa.struct([("key", kind.key_type), ("value", kind.item_type)]))))
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        lengths = pc.list_value_length(values).cast(pa.int64()).to_numpy()
+        ends = np.cumsum(lengths)
+        places = np.arange(lengths.sum()) - np.repeat(ends - lengths, lengths)
+        mixed = splitmix64(_hash_values(values.flatten()) + splitmix64(places.view(np.uint64)))
+        sums = np.concatenate([[np.uint64(0)], np.cumsum(mixed)])
+        return splitmix64(sums[ends] - sums[ends - lengths] + lengths.view(np.uint64))
+    return hash_ids(values if pa.types.is_integer(kind) or pa.types.is_dictionary(kind) else values.cast(pa.large_string()))
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
 def as_int64(ids: pa.Array) -> NDArray[np.int64]:

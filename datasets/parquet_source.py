@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
+import json
+import logging
 from collections import deque
-from collections.abc import Collection, Generator, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import PurePosixPath
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -16,12 +21,18 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 
 from mlenv.batch import START, Batch, Extra, Position
-from mlenv.config import DataConfig, WindowConfig, is_day
+from mlenv.composition import to_plain
+from mlenv.config import TRANSFORMS, DataConfig, WindowConfig
 from mlenv.datasets.columns import check_columns, extra_columns
 from mlenv.datasets.encoded_rows import EncodedRows, Integers, join, tell_apart, to_batch
 from mlenv.datasets.encoding import RowError, encode
-from mlenv.errors import ConfigError, DataError, Problems
+from mlenv.errors import ConfigError, DataError, MlenvError, PlacedError, Problems
 from mlenv.schema import Schema
+from mlenv.transforms import Plan, Rows, Transforms
+
+logger = logging.getLogger(__name__)
+
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -40,7 +51,11 @@ class ParquetSource:
     ``shuffle_rows`` rows, and permutes the rows of each window. All of it follows from the seed and the position, so
     that a source started at ``batch.position`` gives exactly the batches that would have come next.
 
+    The transforms of the config act on each row group when it has been read, before anything else sees its rows. Rows are dealt out
+    and gathered as they are stored, and counted as they come out.
+
     Args:
+        is_training: whether the rows are trained on; some transforms leave others alone.
         extras: parts of the batches that are read only when asked for. With ``requests``, whole requests are permuted
             instead of rows, so that the rows of a request follow one another and losses within a request find their
             pairs. A request is cut where a batch or a window ends in the middle of it.
@@ -57,6 +72,7 @@ class ParquetSource:
         window: WindowConfig,
         schema: Schema,
         *,
+        is_training: bool = False,
         shuffle: bool = False,
         seed: int = 0,
         num_epochs: int = 1,
@@ -70,40 +86,54 @@ class ParquetSource:
         self._extras, self._rank, self._world_size = extras, rank, world_size
         if "requests" in extras and not schema.request:
             raise ConfigError("schema.request", expected="the column that groups rows shown together", received=schema.request)
+        self._config, self._window = config, window
+        self._transforms = Transforms(config.transforms, schema.row_key, is_training=is_training)
+        self._plan = self._transforms.plan((*schema.columns, *extra_columns(schema, extras)))
         self._filesystem, self._data = open_folder(config.path)
         self._root = str(PurePosixPath(self._data, window.path))
+        self._bad: dict[str, MlenvError] = {}
         self._footers = self._read_footers(window)
-        self._row_groups = [
+        self._stored_groups = [
             RowGroup(file, index, footer.row_group(index).num_rows)
             for file, footer in self._footers.items()
             for index in range(footer.num_row_groups)
             if footer.row_group(index).num_rows
         ]
-        if not self._row_groups:
+        if not self._stored_groups:
             raise DataError(self._root, expected=f"rows in {window}", received="empty files only")
+        if not config.allow_missing_days:
+            self._check_days()
 
     @property
     def num_rows(self) -> int:
         """Rows of the window, over all ranks and one epoch."""
-        return sum(group.num_rows for group in self._row_groups)
+        return sum(self._num_kept.values())
 
     @property
     def num_batches(self) -> int:
         """Batches that this rank gets from the start, over all epochs."""
-        rows = sum(group.num_rows for epoch in range(self.num_epochs) for window in self._windows(epoch) for group in window)
+        rows = sum(self._num_kept[group] for epoch in range(self.num_epochs) for window in self._windows(epoch) for group in window)
         return -(-rows // self.batch_size)
+
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        """What could not be read and was passed over: files, and row groups of files with their rows."""
+        return tuple(self._bad) if self._row_groups else ()
 
     @property
     def days(self) -> tuple[str, ...]:
         """Partition days that are read, in order; empty when the data has no day partitions."""
-        return tuple(sorted({day for file in self._footers if (day := self._partitions(file).get("date"))}))
+        files = dict.fromkeys(group.file for group in self._stored_groups)
+        return tuple(sorted({day for file in files if (day := self._partitions(file).get("date"))}))
 
     @property
     def fingerprint(self) -> str:
-        """Twelve hex digits of the files, their row groups and their rows; changes when the data does."""
+        """Twelve hex digits of the files, their row groups, their rows and the transforms; changes when the data does."""
         text = "\n".join(
             f"{PurePosixPath(group.file).relative_to(self._data)} {group.index} {group.num_rows}" for group in self._row_groups
         )
+        if self._transforms:
+            text += "\n" + json.dumps(to_plain(self._config.transforms, TRANSFORMS))
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def batches(self, start: Position = START) -> Generator[Batch, None, None]:
@@ -127,9 +157,10 @@ class ParquetSource:
             yield to_batch(parts, position)
 
     def record_batches(self, columns: tuple[str, ...]) -> Iterator[pa.RecordBatch]:
-        """Columns as stored, row group by row group in file order; for statistics."""
+        """Columns after transforms, row group by row group in file order; for statistics."""
+        plan = self._transforms.plan(columns)
         for group in self._row_groups[self._rank :: self._world_size]:
-            yield self._read(group, columns)
+            yield self._rows(group, plan)[0]
 
     def _encoded_windows(self, start: Position) -> Iterator[tuple[int, int, EncodedRows]]:
         """Windows in order; ``decode_threads`` of them are read ahead."""
@@ -139,6 +170,7 @@ class ParquetSource:
             for window, groups in enumerate(self._windows(epoch))
             if (epoch, window) >= (start.epoch, start.window)
         )
+        _ = self._dropped  # surveyed before the threads ask for it
         ahead: deque[tuple[int, int, Future[EncodedRows]]] = deque()
         pool = ThreadPoolExecutor(self._threads, thread_name_prefix="decode")
         try:
@@ -176,14 +208,111 @@ class ParquetSource:
         return rows.take(generator.permutation(len(rows)) if rows.requests is None else _shuffled_requests(rows.requests, generator))
 
     def _encode_group(self, group: RowGroup) -> EncodedRows:
-        columns = dict.fromkeys((*self.schema.columns, *extra_columns(self.schema, self._extras)))
+        rows, kept = self._rows(group, self._plan)
         try:
-            return encode(self._read(group, tuple(columns)), self.schema, extras=self._extras)
+            return encode(rows, self.schema, extras=self._extras)
         except RowError as error:
-            place = f"{group.file}, row group {group.index}, row {error.row}, column {error.column!r}"
+            row = error.row if kept is None else kept[error.row]
+            place = f"{group.file}, row group {group.index}, row {row}, column {error.column!r}"
             raise DataError(place, expected=error.expected, received=error.received, fix=error.fix) from error
 
+    def _rows(self, group: RowGroup, plan: Plan) -> tuple[pa.RecordBatch, Rows | None]:
+        """The rows that the transforms leave of a row group, and which of its rows they are; None for all."""
+        rows, kept = self._read(group, plan.stored), None
+        if plan.steps:
+            rows, kept = self._transformed(group, plan, rows, self._dropped[group])
+        if any(name in self._extra_types for name in plan.wanted):
+            # Files may store them differently; predictions have one type a column, and so have equal requests.
+            rows = rows.cast(pa.schema([(field.name, self._extra_types.get(field.name, field.type)) for field in rows.schema]))
+        return rows, kept
+
+    def _transformed(
+        self, group: RowGroup, plan: Plan, rows: pa.RecordBatch, dropped: dict[int, Rows]
+    ) -> tuple[pa.RecordBatch, Rows | None]:
+        try:
+            return self._transforms.apply(plan, rows, dropped)
+        except PlacedError as error:
+            place = f"{group.file}, row group {group.index}, {error.place}"
+            raise DataError(place, expected=error.expected, received=error.received, fix=error.fix) from error
+
+    @cached_property
+    def _row_groups(self) -> list[RowGroup]:
+        """Row groups with rows that can be read, in the order of the files."""
+        if self._config.on_bad_file == "fail":
+            return self._stored_groups
+        readable = []
+        for group, error in zip(self._stored_groups, self._map(self._unreadable, self._stored_groups), strict=True):
+            if error is None:
+                readable.append(group)
+            else:
+                self._pass_over(f"{group.file}, row group {group.index}, {group.num_rows} rows", error)
+        if not readable:
+            raise DataError(self._root, expected=f"rows in {self._window}", received="row groups that cannot be read only")
+        return readable
+
+    def _unreadable(self, group: RowGroup) -> DataError | None:
+        try:
+            self._read(group, self._plan.stored)
+        except DataError as error:
+            return error
+        return None
+
+    def _pass_over(self, place: str, error: MlenvError) -> None:
+        """
+        Raises:
+            DataError: ``max_bad_row_groups`` are passed over already.
+        """
+        self._bad[place] = error
+        if len(self._bad) > self._config.max_bad_row_groups:
+            expected = f"at most {self._config.max_bad_row_groups} row groups that cannot be read, data.max_bad_row_groups"
+            raise DataError(self._root, expected=expected, received=list(self._bad), fix="write the files again") from error
+        logger.warning("passed over: %s", error)
+
+    @cached_property
+    def _dropped(self) -> dict[RowGroup, dict[int, Rows]]:
+        """By row group and place in the config, the rows that go for reasons that only the whole window shows."""
+        dropped: dict[RowGroup, dict[int, Rows]] = {group: {} for group in self._row_groups}
+        for place, transform in self._transforms.over_the_window:
+            plan = self._transforms.plan(transform.reads, before=place)
+
+            def survey(group: RowGroup, plan: Plan = plan, look: Callable[[pa.RecordBatch], object] = transform.survey) -> object:
+                return look(self._transformed(group, plan, self._read(group, plan.stored), dropped[group])[0])
+
+            for group, rows in zip(self._row_groups, transform.conclude(self._map(survey, self._row_groups)), strict=True):
+                dropped[group][place] = rows
+            total = sum(len(rows[place]) for rows in dropped.values())
+            logger.info("data.transforms[%d] drops %d rows of %s", place, total, self._window)
+        return dropped
+
+    @cached_property
+    def _num_kept(self) -> dict[RowGroup, int]:
+        """Rows that the transforms leave of each row group, from the columns that those read which drop rows.
+
+        Raises:
+            DataError: they leave none at all.
+        """
+        if not self._plan.drops_rows:
+            return {group: group.num_rows for group in self._row_groups}
+        plan, dropped = self._transforms.plan(()), self._dropped
+
+        def count(group: RowGroup) -> int:
+            kept = self._transformed(group, plan, self._read(group, plan.stored), dropped[group])[1]
+            return group.num_rows if kept is None else len(kept)
+
+        counts = dict(zip(self._row_groups, self._map(count, self._row_groups), strict=True))
+        stored = sum(group.num_rows for group in self._row_groups)
+        logger.info("%s: data.transforms leave %d of %d rows", self._window, sum(counts.values()), stored)
+        if not any(counts.values()):
+            fix = "loosen data.transforms, or change the window"
+            raise DataError(self._root, expected=f"rows that data.transforms leave in {self._window}", received="none", fix=fix)
+        return counts
+
+    def _map(self, function: Callable[[RowGroup], _Result], groups: Sequence[RowGroup]) -> list[_Result]:
+        with ThreadPoolExecutor(self._threads, thread_name_prefix="survey") as pool:
+            return list(pool.map(function, groups))
+
     def _read(self, group: RowGroup, columns: tuple[str, ...]) -> pa.RecordBatch:
+        """Columns as stored."""
         partitions = self._partitions(group.file)
         stored = [column for column in columns if column not in partitions]
         try:
@@ -197,9 +326,6 @@ class ParquetSource:
         for column in (column for column in columns if column in partitions):
             table = table.append_column(column, pa.array([partitions[column]] * group.num_rows))
         table = table.select(list(columns))
-        if self._extra_types:  # files may store them differently; predictions have one type a column, and so have equal requests
-            types = (self._extra_types.get(field.name, field.type) for field in table.schema)
-            table = table.cast(pa.schema(list(zip(columns, types, strict=True))))
         batches = table.combine_chunks().to_batches()
         if len(batches) > 1:
             fix = "write smaller row groups"
@@ -212,7 +338,7 @@ class ParquetSource:
         The order of rows must not depend on how a file system lists them.
         """
         files = self._list_files()
-        chosen = [file for file in files if _within(self._partitions(file).get("date", ""), window)]
+        chosen = [file for file in files if window.holds(self._partitions(file).get("date", ""))]
         if not chosen:
             days = sorted({day for file in files if (day := self._partitions(file).get("date"))})
             received = f"days {days[0]} to {days[-1]}" if days else f"{len(files)} Parquet files without date=YYYY-MM-DD folders"
@@ -220,18 +346,52 @@ class ParquetSource:
                 self._root, expected=f"Parquet files in {window}", received=received, fix="change the window, or write the missing days"
             )
         with ThreadPoolExecutor(8) as pool:
-            footers = dict(zip(chosen, pool.map(self._read_footer, chosen), strict=True))
-        problems = [
-            problem
-            for file, footer in footers.items()
-            for problem in check_columns(self._columns(file, footer), self.schema, file, extras=self._extras)
-        ]
+            read = dict(zip(chosen, pool.map(self._try_footer, chosen), strict=True))
+        for file, failed in read.items():
+            if isinstance(failed, DataError):
+                self._pass_over(file, failed)
+        footers = {file: footer for file, footer in read.items() if not isinstance(footer, DataError)}
+        columns, problems = self._transformed_columns(footers)
+        problems += [problem for file, types in columns.items() for problem in check_columns(types, self.schema, file, extras=self._extras)]
         if problems:
             raise Problems(f"data under {self._root}", problems)
-        self._extra_types = self._common_types(footers)
+        self._extra_types = self._common_types(columns)
         return footers
 
-    def _common_types(self, footers: dict[str, pq.FileMetaData]) -> dict[str, pa.DataType]:
+    def _transformed_columns(self, footers: dict[str, pq.FileMetaData]) -> tuple[dict[str, pa.Schema], list[MlenvError]]:
+        """Columns of each file after the transforms, and what keeps these from being applied: once, with the first file."""
+        columns: dict[str, pa.Schema] = {}
+        known: dict[pa.Schema, pa.Schema] = {}
+        problems: dict[tuple[str, str], MlenvError] = {}
+        for file, footer in footers.items():
+            stored = self._columns(file, footer)
+            try:
+                if stored not in known:
+                    known[stored] = self._transforms.output_schema(stored)
+                columns[file] = known[stored]
+            except PlacedError as error:
+                place = f"{file}, {error.place}"
+                named = DataError(place, expected=error.expected, received=error.received, fix=error.fix)
+                problems.setdefault((error.place, str(error.received)), named)
+        return columns, list(problems.values())
+
+    def _check_days(self) -> None:
+        """
+        Raises:
+            DataError: a day of the window has no rows.
+        """
+        days = self.days
+        if not days:
+            return
+        first, last = (datetime.date.fromisoformat(day) for day in (self._window.start or days[0], self._window.end or days[-1]))
+        wanted = ((first + datetime.timedelta(days=distance)).isoformat() for distance in range((last - first).days + 1))
+        missing = [day for day in wanted if self._window.holds(day) and day not in days]
+        if missing:
+            received = f"no rows on {', '.join(missing[:10])}" + (f" and {len(missing) - 10} more days" if len(missing) > 10 else "")
+            fix = "write the days, name them in skip_dates of the window, or set data.allow_missing_days to true"
+            raise DataError(self._root, expected=f"rows on every day of {self._window}", received=received, fix=fix)
+
+    def _common_types(self, columns_by_file: dict[str, pa.Schema]) -> dict[str, pa.DataType]:
         """One type for each column of the extras over all files.
 
         Raises:
@@ -239,8 +399,7 @@ class ParquetSource:
         """
         common: dict[str, pa.DataType] = {}
         names = extra_columns(self.schema, self._extras)
-        for file, footer in footers.items():
-            columns = self._columns(file, footer)
+        for file, columns in columns_by_file.items():
             for name in names:
                 found = columns.field(name).type
                 found = found.value_type if pa.types.is_dictionary(found) else found
@@ -275,6 +434,14 @@ class ParquetSource:
     def _is_hidden(self, file: str) -> bool:
         """Whether a name on the way begins as those of unfinished output do: ``_temporary``, ``.part``."""
         return any(part.startswith(("_", ".")) for part in PurePosixPath(file).relative_to(self._data).parts)
+
+    def _try_footer(self, file: str) -> pq.FileMetaData | DataError:
+        try:
+            return self._read_footer(file)
+        except DataError as error:
+            if self._config.on_bad_file == "fail":
+                raise
+            return error
 
     def _read_footer(self, file: str) -> pq.FileMetaData:
         try:
@@ -311,9 +478,3 @@ def _shuffled_requests(requests: Integers, generator: np.random.Generator) -> In
     """An order of rows in which requests come at random and the rows of each follow one another as before."""
     distinct, request_of_row = np.unique(tell_apart(requests), return_inverse=True)
     return np.argsort(generator.permutation(len(distinct))[request_of_row], kind="stable")
-
-
-def _within(day: str, window: WindowConfig) -> bool:
-    if not (window.start or window.end):
-        return True
-    return is_day(day) and (window.start or day) <= day <= (window.end or day)

@@ -178,9 +178,10 @@ def _with_config(run: Callable[[ExperimentConfig, argparse.Namespace], int], opt
 
 def _show(config: ExperimentConfig) -> int:
     from mlenv.composition import to_yaml
-    from mlenv.dry_run import check_parts
+    from mlenv.dry_run import check_data, check_parts
 
     check_parts(config)
+    check_data(config)
     print(to_yaml(config), end="")
     return DONE
 

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from mlenv.config import ExperimentConfig, check
+from mlenv.config import DaysConfig, ExperimentConfig, check
 from mlenv.errors import ConfigError, MlenvError, PlacedError, Problems, nearest
 from mlenv.kinds import KindTable, class_of, kind_of
 
@@ -34,7 +34,8 @@ def compose(file: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig
         resolved = OmegaConf.to_container(OmegaConf.create(plain), resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(str(file), expected="interpolations that resolve", received=str(error).splitlines()[0]) from error
-    config: ExperimentConfig = from_plain(typing.cast(Node, resolved), ExperimentConfig, str(file))
+    plain = _with_windows(typing.cast(Node, resolved), str(file))
+    config: ExperimentConfig = from_plain(plain, ExperimentConfig, str(file))
     check(config)
     return config
 
@@ -104,6 +105,29 @@ def parse_overrides(overrides: Sequence[str]) -> Node:
         return typing.cast(Node, OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides))))
     except (YAMLError, OmegaConfBaseException, ValueError, TypeError, LookupError) as error:
         raise ConfigError(" ".join(overrides), expected="overrides as key=value", received=" ".join(str(error).split())) from error
+
+
+def _with_windows(plain: Node, title: str) -> Node:
+    """Puts the windows that ``data.days`` describes in its place, so that everybody sees days and no lengths.
+
+    Raises:
+        Problems: a key of ``data.days`` is wrong, or a window is given as well.
+    """
+    data = plain.get("data")
+    if not isinstance(data, dict) or "days" not in data:
+        return plain
+    rest = {key: value for key, value in data.items() if key != "days"}
+    if data["days"] is None:
+        return {**plain, "data": rest}
+    problems: list[MlenvError] = []
+    days: DaysConfig | None = _build(DaysConfig, data["days"], "data.days", problems)
+    for name in (name for name in ("train", "validation", "test") if rest.get(name) is not None):
+        fix = f"set data.{name} to null, or data.days"
+        problems.append(ConfigError(f"data.{name}", expected="nothing beside data.days", received=rest[name], fix=fix))
+    waiting = _value(int, rest.get("label_wait_days", 0), "data.label_wait_days", None, problems)
+    if problems or days is None:
+        raise Problems(title, problems)
+    return {**plain, "data": rest | {name: to_plain(window) for name, window in days.windows(waiting).items()}}
 
 
 def _merge(base: Node, top: Node) -> Node:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import datetime
 import importlib.util
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import count, islice
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from mlenv.errors import ConfigError, MlenvError, Problems, check_above, check_at_least, nearest
-from mlenv.kinds import kind_field
+from mlenv.kinds import kind_field, kind_of
 from mlenv.schema import Schema
 
 if TYPE_CHECKING:
     import numpy as np
+    import pyarrow as pa
     from numpy.typing import NDArray
     from torch import nn
 
@@ -66,6 +68,70 @@ CALIBRATORS: dict[str, type | str] = {
 """Calibrators by the name that ``calibration.TASK.kind`` takes."""
 
 
+class _RowTransform(Protocol):
+    """What every transform says about itself."""
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Columns that it looks at, beside the row key."""
+
+    @property
+    def writes(self) -> tuple[str, ...]:
+        """Columns that it makes, new or in place of others."""
+
+    @property
+    def drops_rows(self) -> bool:
+        """Whether fewer rows may come out than go in."""
+
+    @property
+    def sampling_seed(self) -> int | None:
+        """Seed with which it draws the fate of a row from ``schema.row_key``; None when it draws nothing."""
+
+    def output_schema(self, columns: pa.Schema) -> pa.Schema:
+        """The columns after it, given those before; raises ConfigError when it cannot use them."""
+
+
+class TransformConfig(_RowTransform, Protocol):
+    """Turns the rows of a row group into others before the schema reads them. A row's fate and its values hang on the row alone,
+    so that they are the same on any number of workers and after a resume."""
+
+    def held_out(self) -> TransformConfig | None:
+        """What takes its place on rows that are not trained on; None for nothing."""
+
+    def apply(self, rows: pa.RecordBatch, row_key: tuple[str, ...]) -> pa.RecordBatch:
+        """The rows that stay, in order, with the columns ``writes``; columns that it does not know pass through."""
+
+
+@runtime_checkable
+class WindowTransformConfig(_RowTransform, Protocol):
+    """Drops rows for a reason that only the whole window shows. The columns ``reads`` of all row groups are surveyed, in any
+    order and in threads, before the first row is used."""
+
+    def held_out(self) -> WindowTransformConfig | None:
+        """What takes its place on rows that are not trained on; None for nothing."""
+
+    def survey(self, rows: pa.RecordBatch) -> Any:
+        """What is kept of a row group."""
+
+    def conclude(self, surveys: Sequence[Any]) -> Sequence[NDArray[np.int64]]:
+        """For each row group, in the order of the files, the rows that go, in rising order."""
+
+
+TRANSFORMS: dict[str, type | str] = {
+    "bucket": "mlenv.datasets.transforms.values:BucketConfig",
+    "clip": "mlenv.datasets.transforms.values:ClipConfig",
+    "deduplicate": "mlenv.datasets.transforms.deduplicate:DeduplicateConfig",
+    "derive": "mlenv.datasets.transforms.derive:DeriveConfig",
+    "filter": "mlenv.datasets.transforms.filter:FilterConfig",
+    "hash": "mlenv.datasets.transforms.values:HashConfig",
+    "python": "mlenv.datasets.transforms.python_function:PythonConfig",
+    "sample": "mlenv.datasets.transforms.sampling:SampleConfig",
+    "sample_negatives": "mlenv.datasets.transforms.sampling:SampleNegativesConfig",
+    "truncate": "mlenv.datasets.transforms.values:TruncateConfig",
+}
+"""Transforms by the name that ``data.transforms[N].kind`` takes."""
+
+
 def is_day(text: str) -> bool:
     """Whether a text is a day as YYYY-MM-DD; days are compared as texts, so no other form will do."""
     try:
@@ -84,18 +150,27 @@ class WindowConfig:
     """First day, YYYY-MM-DD, of the partitions ``date=...``; empty for the earliest."""
     end: str = ""
     """Last day; empty for the latest."""
+    skip_dates: tuple[str, ...] = ()
+    """Days between them that do not count, such as those of an outage."""
 
     def __post_init__(self) -> None:
         for name in ("start", "end"):
             if getattr(self, name) and not is_day(getattr(self, name)):
                 raise ConfigError(name, expected="a day as YYYY-MM-DD", received=getattr(self, name))
+        _check_days("skip_dates", self.skip_dates)
         if PurePosixPath(self.path).is_absolute() or ".." in PurePosixPath(self.path).parts:
             raise ConfigError("path", expected="a folder or file under data.path", received=self.path)
         if self.start and self.end and self.start > self.end:
             raise ConfigError("start", expected=f"a day not after the end {self.end}", received=self.start)
 
+    def holds(self, day: str) -> bool:
+        """Whether the rows of a day belong to the window; "" for rows without a day."""
+        if not (self.start or self.end or self.skip_dates):
+            return True
+        return is_day(day) and (self.start or day) <= day <= (self.end or day) and day not in self.skip_dates
+
     def overlaps(self, other: WindowConfig) -> bool:
-        """Whether both windows can hold the same day of the same file."""
+        """Whether both windows can hold the same day of the same file; a day that one of them skips still lies within it."""
         latest = "9999-12-31"
         mine, theirs = PurePosixPath(self.path), PurePosixPath(other.path)
         if not (mine.is_relative_to(theirs) or theirs.is_relative_to(mine)):
@@ -104,7 +179,56 @@ class WindowConfig:
 
     def __str__(self) -> str:
         days = f"{self.start or 'earliest'} to {self.end or 'latest'}" if self.start or self.end else "all days"
+        days += f" without {', '.join(self.skip_dates)}" if self.skip_dates else ""
         return f"{self.path}: {days}" if self.path else days
+
+
+@dataclass(frozen=True, kw_only=True)
+class DaysConfig:
+    """Windows by their lengths, counted back from the last day: training, then validation, then as many days as the labels
+    have to wait, then test. ``data.days`` is written instead of the windows, which ``compose`` puts in its place."""
+
+    end_date: str
+    """Last day of the test window, YYYY-MM-DD."""
+    num_train_days: int
+    """Days that are trained on."""
+    num_test_days: int
+    """Days that the model is measured on."""
+    num_validation_days: int = 0
+    """Days between both, for early stopping and calibration."""
+    skip_dates: tuple[str, ...] = ()
+    """Days that do not count; a window reaches further back instead."""
+
+    def __post_init__(self) -> None:
+        _check_days("end_date", (self.end_date,))
+        _check_days("skip_dates", self.skip_dates)
+        for name, least in (("num_train_days", 1), ("num_test_days", 1), ("num_validation_days", 0)):
+            check_at_least(name, getattr(self, name), least)
+
+    def windows(self, label_wait_days: int = 0) -> dict[str, WindowConfig]:
+        """The windows by the names that they have under ``data``."""
+        last, windows = datetime.date.fromisoformat(self.end_date), {}
+        for name, num_days in (("test", self.num_test_days), ("validation", self.num_validation_days), ("train", self.num_train_days)):
+            days = list(islice(self._back_from(last), num_days))
+            if days:
+                skipped = tuple(sorted(day for day in self.skip_dates if days[-1].isoformat() < day < days[0].isoformat()))
+                windows[name] = WindowConfig(start=days[-1].isoformat(), end=days[0].isoformat(), skip_dates=skipped)
+                last = days[-1] - datetime.timedelta(days=1)
+            if name == "test":
+                last -= datetime.timedelta(days=label_wait_days)
+        return windows
+
+    def _back_from(self, day: datetime.date) -> Iterator[datetime.date]:
+        for distance in count():
+            earlier = day - datetime.timedelta(days=distance)
+            if earlier.isoformat() not in self.skip_dates:
+                yield earlier
+
+
+def _check_days(name: str, days: Sequence[str]) -> None:
+    for day in days:
+        if not is_day(day):
+            raise ConfigError(name, expected="a day as YYYY-MM-DD", received=day)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +243,16 @@ class DataConfig:
     """Held-out rows, scored when training ends."""
     validation: WindowConfig | None = None
     """Held-out rows, scored every ``loop.evaluate_every_steps`` steps; calibrators are fitted on them."""
+    label_wait_days: int = 0
+    """Days until a label is known: at least as many lie between the training window and the test window."""
+    allow_missing_days: bool = False
+    """Whether a window may have days without rows that it does not skip."""
+    transforms: tuple[TransformConfig | WindowTransformConfig, ...] = kind_field(TRANSFORMS, default=())
+    """What happens to the rows before the schema reads them, in order. The columns that they make act as columns of the files."""
+    on_bad_file: Literal["fail", "skip"] = "fail"
+    """skip passes over row groups that cannot be read; to know them before the first step the rows are read once more."""
+    max_bad_row_groups: int = 0
+    """Row groups of a window that may be passed over; a file without a readable footer counts as one."""
     batch_size: int = 4096
     """Examples per step and rank."""
     num_epochs: int = 1
@@ -129,10 +263,14 @@ class DataConfig:
     """Threads that read and decode ahead of the training."""
 
     def __post_init__(self) -> None:
-        for name, least in (("batch_size", 1), ("num_epochs", 1), ("shuffle_rows", 0), ("decode_threads", 1)):
-            check_at_least(name, getattr(self, name), least)
+        least = {"batch_size": 1, "num_epochs": 1, "shuffle_rows": 0, "decode_threads": 1, "label_wait_days": 0, "max_bad_row_groups": 0}
+        for name, smallest in least.items():
+            check_at_least(name, getattr(self, name), smallest)
         if not self.path:
             raise ConfigError("path", expected="a folder of Parquet files", received=self.path)
+        if (self.on_bad_file == "skip") != (self.max_bad_row_groups > 0):
+            expected = "a number > 0 with on_bad_file: skip, and 0 with fail"
+            raise ConfigError("max_bad_row_groups", expected=expected, received=self.max_bad_row_groups)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -388,6 +526,8 @@ def _problems(config: ExperimentConfig) -> Iterator[MlenvError]:
     for name, window in (("validation", data.validation), ("test", data.test)):
         if window is not None and window.overlaps(data.train):
             yield ConfigError(f"data.{name}", expected=f"days outside the training window ({data.train})", received=str(window))
+    yield from _waiting_problems(data)
+    yield from _transform_problems(config)
     uses = ["loop.evaluate_every_steps"] if loop.evaluate_every_steps else []
     uses += [f"calibration.{task}" for task, calibrator in config.calibration.items() if calibrator.needs_labels]
     if uses and data.validation is None:
@@ -425,6 +565,41 @@ def _problems(config: ExperimentConfig) -> Iterator[MlenvError]:
     if config.embeddings.engine == "torchrec" and importlib.util.find_spec("torchrec") is None:
         fix = "pip install 'mlenv[torchrec]', or embeddings.engine=torch"
         yield ConfigError("embeddings.engine", expected="an engine that is installed", received="torchrec", fix=fix)
+
+
+def _waiting_problems(data: DataConfig) -> Iterator[MlenvError]:
+    """Windows whose labels were not known yet when the test window began."""
+    if data.test is None or not data.label_wait_days:
+        return
+    for name, window in (("train", data.train), ("validation", data.validation)):
+        if window is None or not window.end or window.overlaps(data.test):
+            continue
+        known = datetime.date.fromisoformat(window.end) + datetime.timedelta(days=data.label_wait_days)
+        if replace(window, end=known.isoformat()).overlaps(data.test):
+            fix = "end it earlier, or let the test window begin later"
+            expected = f"days before the test window ({data.test}) by more than label_wait_days, {data.label_wait_days}"
+            yield ConfigError(f"data.{name}", expected=expected, received=str(window), fix=fix)
+
+
+def _transform_problems(config: ExperimentConfig) -> Iterator[MlenvError]:
+    """Samplers without a key, samplers that would draw the same, and sampling that is corrected twice."""
+    drawn: dict[tuple[str, int], int] = {}
+    for place, transform in enumerate(config.data.transforms):
+        kind, key = kind_of(transform, TRANSFORMS), f"data.transforms[{place}]"
+        if transform.sampling_seed is not None:
+            if not config.schema.row_key:
+                fix = "name the columns that identify a row"
+                yield ConfigError("schema.row_key", expected=f"columns, because {key} samples by it", received=[], fix=fix)
+            first = drawn.setdefault((kind, transform.sampling_seed), place)
+            if first != place:
+                expected = f"another seed than data.transforms[{first}], or both would keep the same rows"
+                yield ConfigError(f"{key}.seed", expected=expected, received=transform.sampling_seed)
+        for task, calibrator in config.calibration.items():
+            weight = config.schema.labels[task].weight if task in config.schema.labels else ""
+            if kind == "sample_negatives" and weight in transform.writes and kind_of(calibrator, CALIBRATORS) == "negative_sampling":
+                fix = f"take out calibration.{task}, or {key}.weight_column and schema.labels.{task}.weight"
+                expected = f"another kind, because the weights of {key} correct the sampling already"
+                yield ConfigError(f"calibration.{task}.kind", expected=expected, received="negative_sampling", fix=fix)
 
 
 def _objective_problems(objective: ObjectiveConfig, schema: Schema) -> Iterator[MlenvError]:

@@ -1,4 +1,4 @@
-"""Finding out whether a config can be trained, without its data and without the memory of its tables."""
+"""Finding out whether a config can be trained: without its data, or with their columns only, and without the memory of its tables."""
 
 from __future__ import annotations
 
@@ -8,10 +8,24 @@ import torch
 
 from mlenv.batch import example_batch
 from mlenv.config import EmbeddingsConfig, ExperimentConfig
+from mlenv.datasets.parquet_source import ParquetSource, has_files
+from mlenv.experiment import SPLITS
 from mlenv.loops.train_step import check_logits
 from mlenv.modules import Objective, TorchEmbeddings
 from mlenv.schema import Table
 from mlenv.teacher import teacher_of
+
+
+def check_data(config: ExperimentConfig) -> None:
+    """Compares the columns of the files with the schema and the transforms; says nothing about windows without files yet.
+
+    Raises:
+        Problems, DataError: see ParquetSource.
+    """
+    for split in SPLITS:
+        window = getattr(config.data, split)
+        if window is not None and has_files(config.data, window):
+            ParquetSource(config.data, window, config.schema, is_training=split == "train", extras=("metadata",))
 
 
 def check_parts(config: ExperimentConfig) -> None:

@@ -219,6 +219,7 @@ class Experiment:
         windows = {f"{name} window": str(window) for name in SPLITS if (window := getattr(self.config.data, name)) is not None}
         prints = {"schema fingerprint": self.schema.fingerprint}
         prints |= {f"{split} data fingerprint": source.fingerprint for split, source in self._sources.items()}
+        prints |= {f"{split} data passed over": "; ".join(source.skipped) for split, source in self._sources.items() if source.skipped}
         return {**windows, **prints, "device": str(self.fabric.device), **run_tags()}
 
     @property
@@ -251,6 +252,7 @@ class Experiment:
             data,
             window,
             self.schema,
+            is_training=is_training,
             shuffle=is_training,
             seed=self.config.seed,
             num_epochs=data.num_epochs if is_training else 1,
