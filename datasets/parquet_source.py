@@ -35,6 +35,10 @@ logger = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
 
 
+class NoFilesError(DataError):
+    """A window has no files, or none yet."""
+
+
 @dataclass(frozen=True)
 class RowGroup:
     """The unit that is read at once and that ranks share out."""
@@ -342,7 +346,7 @@ class ParquetSource:
         if not chosen:
             days = sorted({day for file in files if (day := self._partitions(file).get("date"))})
             received = f"days {days[0]} to {days[-1]}" if days else f"{len(files)} Parquet files without date=YYYY-MM-DD folders"
-            raise DataError(
+            raise NoFilesError(
                 self._root, expected=f"Parquet files in {window}", received=received, fix="change the window, or write the missing days"
             )
         with ThreadPoolExecutor(8) as pool:
@@ -422,7 +426,7 @@ class ParquetSource:
     def _list_files(self) -> list[str]:
         info = self._filesystem.get_file_info(self._root)
         if info.type == pyarrow.fs.FileType.NotFound:
-            raise DataError(
+            raise NoFilesError(
                 self._root, expected="a folder of Parquet files", received="nothing there", fix="set data.path, or write the data first"
             )
         if info.type == pyarrow.fs.FileType.File:

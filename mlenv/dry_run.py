@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
 
-from mlenv.batch import example_batch
+from mlenv.batch import Extra, example_batch
 from mlenv.config import EmbeddingsConfig, ExperimentConfig
-from mlenv.datasets.parquet_source import ParquetSource, has_files
-from mlenv.experiment import SPLITS
+from mlenv.datasets.parquet_source import NoFilesError, ParquetSource
 from mlenv.loops.train_step import check_logits
 from mlenv.modules import Objective, TorchEmbeddings
 from mlenv.schema import Table
@@ -17,15 +17,17 @@ from mlenv.teacher import teacher_of
 
 
 def check_data(config: ExperimentConfig) -> None:
-    """Compares the columns of the files with the schema and the transforms; says nothing about windows without files yet.
+    """Compares the columns of the files with the schema and the transforms. Days that are not there yet are not missed.
 
     Raises:
         Problems, DataError: see ParquetSource.
     """
-    for split in SPLITS:
-        window = getattr(config.data, split)
-        if window is not None and has_files(config.data, window):
-            ParquetSource(config.data, window, config.schema, is_training=split == "train", extras=("metadata",))
+    data = replace(config.data, allow_missing_days=True)
+    for name, window in (("train", data.train), ("validation", data.validation), ("test", data.test)):
+        if window is not None:
+            with suppress(NoFilesError):
+                extras: tuple[Extra, ...] = () if name == "train" else ("metadata",)
+                ParquetSource(data, window, config.schema, is_training=name == "train", extras=extras)
 
 
 def check_parts(config: ExperimentConfig) -> None:

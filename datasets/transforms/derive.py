@@ -8,7 +8,7 @@ from typing import ClassVar
 import pyarrow as pa
 
 from mlenv.datasets.transforms.expressions import columns_of, evaluate, parse, type_of, with_column, with_field
-from mlenv.errors import ConfigError, placed_under
+from mlenv.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +26,7 @@ class DeriveConfig:
     def __post_init__(self) -> None:
         if not self.column:
             raise ConfigError("column", expected="a name", received=self.column)
-        with placed_under("sql"):
-            parse(self.sql)
+        parse(self.sql, "sql")
 
     @property
     def reads(self) -> tuple[str, ...]:

@@ -18,10 +18,10 @@ _CLOCK = re.compile(r"\b(now\s*\(|current_(date|time|timestamp)\b)", re.IGNORECA
 
 
 @lru_cache(maxsize=256)
-def parse(sql: str) -> pl.Expr:
+def parse(sql: str, key: str = "") -> pl.Expr:
     """
     Raises:
-        ConfigError: it is no SQL expression, or its value is another tomorrow; its place is empty.
+        ConfigError: it is no SQL expression, or its value is another tomorrow.
     """
     import polars as pl
     from polars.exceptions import PolarsError
@@ -29,9 +29,9 @@ def parse(sql: str) -> pl.Expr:
     try:
         expression = pl.sql_expr(sql)
     except PolarsError as error:
-        raise ConfigError("", expected="an SQL expression", received=sql, fix=_first_line(error)) from error
+        raise ConfigError(key, expected="an SQL expression", received=sql, fix=_first_line(error)) from error
     if _CLOCK.search(re.sub(r"'[^']*'", "", sql)):
-        raise ConfigError("", expected="an expression that gives the same tomorrow", received=sql, fix="write the day as a text")
+        raise ConfigError(key, expected="an expression that gives the same tomorrow", received=sql, fix="write the day as a text")
     return expression
 
 

@@ -8,7 +8,6 @@ from typing import ClassVar, Literal
 import pyarrow as pa
 
 from mlenv.datasets.transforms.expressions import columns_of, evaluate, parse, require_boolean
-from mlenv.errors import placed_under
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +24,7 @@ class FilterConfig:
     writes: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
-        with placed_under("where"):
-            parse(self.where)
+        parse(self.where, "where")
 
     @property
     def reads(self) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ from mlenv.datasets.transforms.expressions import (
     with_column,
     with_field,
 )
-from mlenv.errors import ConfigError, placed_under
+from mlenv.errors import ConfigError
 
 
 def draw(rows: pa.RecordBatch, row_key: tuple[str, ...], name: str, seed: int) -> NDArray[np.float64]:
@@ -58,8 +58,7 @@ class SampleNegativesConfig:
     def __post_init__(self) -> None:
         _check_rate("rate", self.rate)
         _check_weights(self.weight_column, self.base_weight)
-        with placed_under("negative"):
-            parse(self.negative)
+        parse(self.negative, "negative")
 
     @property
     def sampling_seed(self) -> int:
