@@ -96,6 +96,7 @@ class ParquetSource:
         self._filesystem, self._data = open_folder(config.path)
         self._root = str(PurePosixPath(self._data, window.path))
         self._bad: dict[str, MlenvError] = {}
+        self._notes: list[str] = []
         self._footers = self._read_footers(window)
         self._stored_groups = [
             RowGroup(file, index, footer.row_group(index).num_rows)
@@ -123,6 +124,12 @@ class ParquetSource:
     def skipped(self) -> tuple[str, ...]:
         """What could not be read and was passed over: files, and row groups of files with their rows."""
         return tuple(self._bad) if self._row_groups else ()
+
+    @property
+    def findings(self) -> tuple[str, ...]:
+        """What transforms that look over the whole window dropped, and why."""
+        _ = self._dropped
+        return tuple(self._notes)
 
     @property
     def days(self) -> tuple[str, ...]:
@@ -282,10 +289,12 @@ class ParquetSource:
             def survey(group: RowGroup, plan: Plan = plan, look: Callable[[pa.RecordBatch], object] = transform.survey) -> object:
                 return look(self._transformed(group, plan, self._read(group, plan.stored), dropped[group])[0])
 
-            for group, rows in zip(self._row_groups, transform.conclude(self._map(survey, self._row_groups)), strict=True):
+            findings = transform.conclude(self._map(survey, self._row_groups))
+            for group, rows in zip(self._row_groups, findings.dropped, strict=True):
                 dropped[group][place] = rows
-            total = sum(len(rows[place]) for rows in dropped.values())
-            logger.info("data.transforms[%d] drops %d rows of %s", place, total, self._window)
+            notes = [f"drops {sum(map(len, findings.dropped))} rows", *findings.notes]
+            self._notes += [f"data.transforms[{place}]: {note}" for note in notes]
+            logger.info("%s: data.transforms[%d] %s", self._window, place, "; ".join(notes))
         return dropped
 
     @cached_property

@@ -102,6 +102,16 @@ class TransformConfig(_RowTransform, Protocol):
         """The rows that stay, in order, with the columns ``writes``; columns that it does not know pass through."""
 
 
+@dataclass(frozen=True)
+class Findings:
+    """What a look over the whole window gives."""
+
+    dropped: Sequence[NDArray[np.int64]]
+    """For each row group, in the order of the files, the rows that go, in rising order."""
+    notes: tuple[str, ...] = ()
+    """Why, for the log and the record of the run."""
+
+
 @runtime_checkable
 class WindowTransformConfig(_RowTransform, Protocol):
     """Drops rows for a reason that only the whole window shows. The columns ``reads`` of all row groups are surveyed, in any
@@ -113,8 +123,8 @@ class WindowTransformConfig(_RowTransform, Protocol):
     def survey(self, rows: pa.RecordBatch) -> Any:
         """What is kept of a row group."""
 
-    def conclude(self, surveys: Sequence[Any]) -> Sequence[NDArray[np.int64]]:
-        """For each row group, in the order of the files, the rows that go, in rising order."""
+    def conclude(self, surveys: Sequence[Any]) -> Findings:
+        """What follows from the surveys of all row groups, in the order of the files."""
 
 
 TRANSFORMS: dict[str, type | str] = {
@@ -122,6 +132,7 @@ TRANSFORMS: dict[str, type | str] = {
     "clip": "mlenv.datasets.transforms.values:ClipConfig",
     "deduplicate": "mlenv.datasets.transforms.deduplicate:DeduplicateConfig",
     "derive": "mlenv.datasets.transforms.derive:DeriveConfig",
+    "exclude_outliers": "mlenv.datasets.transforms.outliers:ExcludeOutliersConfig",
     "filter": "mlenv.datasets.transforms.filter:FilterConfig",
     "hash": "mlenv.datasets.transforms.values:HashConfig",
     "python": "mlenv.datasets.transforms.python_function:PythonConfig",

@@ -220,6 +220,7 @@ class Experiment:
         prints = {"schema fingerprint": self.schema.fingerprint}
         prints |= {f"{split} data fingerprint": source.fingerprint for split, source in self._sources.items()}
         prints |= {f"{split} data passed over": "; ".join(source.skipped) for split, source in self._sources.items() if source.skipped}
+        prints |= {f"{split} data findings": "; ".join(source.findings) for split, source in self._sources.items() if source.findings}
         return {**windows, **prints, "device": str(self.fabric.device), **run_tags()}
 
     @property

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from mlenv.config import Findings
 from mlenv.datasets.hashing import hash_rows
 from mlenv.datasets.transforms.expressions import require_columns
 from mlenv.errors import ConfigError
@@ -51,10 +52,10 @@ class DeduplicateConfig:
     def survey(self, rows: pa.RecordBatch) -> NDArray[np.uint64]:
         return hash_rows([rows.column(name) for name in self.columns])
 
-    def conclude(self, surveys: Sequence[NDArray[np.uint64]]) -> list[NDArray[np.int64]]:
+    def conclude(self, surveys: Sequence[NDArray[np.uint64]]) -> Findings:
         hashes = np.concatenate(surveys)
         order = np.argsort(hashes, kind="stable")
         again = np.zeros(len(hashes), bool)
         again[order[1:]] = hashes[order[1:]] == hashes[order[:-1]]
         ends = np.cumsum([len(survey) for survey in surveys])[:-1]
-        return [np.flatnonzero(part) for part in np.split(again, ends)]
+        return Findings([np.flatnonzero(part) for part in np.split(again, ends)])
