@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 from mlenv.batch import Extra
 from mlenv.datasets.encoded_rows import EncodedRows, Floats, Integers, Jagged, ranges
 from mlenv.datasets.hashing import as_int64, hash_ids
+from mlenv.datasets.lists import as_list, list_lengths
 from mlenv.schema import Binary, DenseColumn, DenseVector, Feature, Numeric, Schema, SparseKey, Table
 
 
@@ -132,19 +133,6 @@ def _check_aligned(rows: pa.RecordBatch, schema: Schema) -> None:
             raise RowError(
                 row, key.column, expected=f"as many elements as column {column!r}, {expected[row]}", received=int(lengths[row]), fix=fix
             )
-
-
-def as_list(column: pa.Array) -> pa.Array:
-    """A map as a list of pairs, which is what it is in memory; a list as it is."""
-    if not pa.types.is_map(column.type):
-        return column
-    return column.cast(pa.list_(pa.struct([("key", column.type.key_type), ("value", column.type.item_type)])))
-
-
-def list_lengths(column: pa.Array) -> Integers:
-    """Elements per row; none in a null list."""
-    lengths: Integers = pc.fill_null(pc.list_value_length(column), 0).cast(pa.int64()).to_numpy()
-    return lengths
 
 
 def _encode_dense(rows: pa.RecordBatch, column: DenseColumn, feature: Feature) -> Floats:

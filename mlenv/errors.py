@@ -44,6 +44,10 @@ class TrainingError(MlenvError):
     """The training itself failed, such as by diverging. The command line ends with exit code 1."""
 
 
+class GateError(MlenvError):
+    """What was judged is not good enough. The command line ends with exit code 3."""
+
+
 class Problems(MlenvError):
     """Several errors found in one check, reported together."""
 

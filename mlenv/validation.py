@@ -1,0 +1,354 @@
+"""Judging a window of data: by itself, and against the statistics of an earlier one."""
+
+from __future__ import annotations
+
+import datetime
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mlenv.config import ChecksConfig, Limits, WindowConfig
+from mlenv.datasets.counts import Counts, Floats, Integers, Numbers
+from mlenv.datasets.statistics import ColumnStatistics, Statistics
+from mlenv.errors import GateError
+from mlenv.schema import Schema
+
+Severity = Literal["fail", "warn", "pass"]
+SEVERITIES: tuple[Severity, ...] = ("fail", "warn", "pass")
+
+LEAST_SHARE = 0.01
+"""Ids of the baseline that make up so much of it are the parts that drift is measured over; all others are one part. Rarer ones,
+such as users, come and go in bursts that no count of rows accounts for."""
+LEAST_LABELS = 20
+"""Positives and negatives without which an AUC says nothing."""
+
+FIXES = {
+    "coverage_drop": "find what stopped writing the column; until then train without the feature, or with feature dropout",
+    "psi": "compare the values on the page; a change of meaning needs a new column, a change of the world a new training",
+    "jensen_shannon": "as for psi",
+    "kolmogorov_smirnov": "as for psi",
+    "out_of_range": "look for a changed unit or a broken source; clip the column if the values are right",
+    "new_value": "map the value to the one it replaces, or add it to the vocabulary and train again",
+    "unseen_ids": "look for ids that are written in another way than before",
+    "lost_value": "look for a renamed value or a filter that drops its rows",
+    "label_rate": "wait until the labels are complete, or repair their join",
+    "label_rate_by_segment": "look at what changed for this segment alone",
+    "missing_days": "write the missing day, or end the window before it",
+    "late_hours": "wait until the day is complete, or end the window before it",
+    "repeated_keys": "remove the repeated rows, or correct schema.row_key",
+    "repeated_rows": "remove the repeated rows",
+    "leakage_auc": "take the feature out if it is known only after the label",
+}
+"""What to do about a finding, by check."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One figure and what it means."""
+
+    severity: Severity
+    check: str
+    """A field of ChecksConfig."""
+    subject: str
+    """Feature, task, segment, day or ``rows``."""
+    value: float
+    limit: float | None
+    """The one that was exceeded; the first one that could be, for a pass."""
+    detail: str
+    """What was found, in words."""
+
+    @property
+    def fix(self) -> str:
+        """What to do about it."""
+        return FIXES[self.check]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """All findings, the worst first."""
+
+    findings: Sequence[Finding]
+
+    @property
+    def severity(self) -> Severity:
+        """That of the worst finding."""
+        return self.findings[0].severity if self.findings else "pass"
+
+    @property
+    def raised(self) -> list[Finding]:
+        """Findings that are no pass."""
+        return [finding for finding in self.findings if finding.severity != "pass"]
+
+    def to_plain(self) -> dict[str, Any]:
+        """What JSON can hold."""
+        return {"severity": self.severity, "findings": [asdict(finding) | {"fix": finding.fix} for finding in self.findings]}
+
+    def require(self, what: str) -> None:
+        """Raises GateError if there is a failure."""
+        failures = [finding for finding in self.findings if finding.severity == "fail"]
+        if failures:
+            lines = [f"  - {finding.check} of {finding.subject}: {finding.detail} Fix: {finding.fix}." for finding in failures]
+            raise GateError("\n".join([f"{what} failed {len(failures)} of its checks.", *lines]))
+
+
+@dataclass(frozen=True)
+class _Measure:
+    check: str
+    subject: str
+    value: float
+    detail: str
+    is_beyond_chance: bool = True
+    feature: str = ""
+
+
+def validate_statistics(
+    window: Statistics, baseline: Statistics | None, schema: Schema, checks: ChecksConfig, span: WindowConfig | None = None
+) -> Verdict:
+    """Judges the statistics of a window.
+
+    Args:
+        baseline: statistics of an earlier window; without it only what a window shows by itself is judged. Features that
+            it does not have are not compared.
+        span: days that the window was meant to have.
+    """
+    measures = [*_own_measures(window, span or WindowConfig(), checks.significance)]
+    if baseline is not None:
+        for name, column in window.columns.items():
+            if name in baseline.columns:
+                measures += _compared(name, column, baseline.columns[name], checks.significance)
+        measures += _late_hours(window, baseline)
+    measures += _label_rates(window, baseline, checks.significance)
+    findings = [_judged(measure, schema, checks) for measure in measures]
+    return Verdict(sorted(findings, key=lambda found: (SEVERITIES.index(found.severity), -_excess(found), found.check, found.subject)))
+
+
+def _judged(measure: _Measure, schema: Schema, checks: ChecksConfig) -> Finding:
+    limits: Limits = getattr(checks, measure.check)
+    severity: Severity = "pass"
+    limit = limits.warn if limits.warn is not None else limits.fail
+    if measure.is_beyond_chance:
+        if limits.fail is not None and measure.value >= limits.fail:
+            severity, limit = "fail", limits.fail
+        elif limits.warn is not None and measure.value >= limits.warn:
+            is_core = measure.feature in schema.features and schema.features[measure.feature].core
+            severity = "fail" if is_core else "warn"
+    return Finding(severity, measure.check, measure.subject, float(measure.value), limit, measure.detail)
+
+
+def _excess(finding: Finding) -> float:
+    return finding.value / finding.limit if finding.limit else finding.value
+
+
+def _own_measures(window: Statistics, span: WindowConfig, significance: float) -> Iterator[_Measure]:
+    """What needs no baseline."""
+    for name, column in window.columns.items():
+        for task, auc in zip(window.tasks, column.label_aucs(), strict=True):
+            counted, rate = window.label_rate(task, window.labels)
+            positives = counted * rate if counted else 0.0
+            is_enough = min(positives, counted - positives) >= LEAST_LABELS
+            if not math.isnan(auc):
+                detail = f"alone it tells positives of {task} from negatives with an AUC of {auc:.3f}."
+                yield _Measure("leakage_auc", f"{name} for {task}", auc, detail, is_enough, column.feature)
+    for check, counts, what in (("repeated_keys", window.row_keys, "have the key of"), ("repeated_rows", window.all_rows, "repeat")):
+        if counts is not None and (check == "repeated_keys" or window.newest is not None):
+            share = counts.repeated_share
+            yield _Measure(check, "rows", share, f"{share:.2%} of the {window.rows:,} rows {what} another row.")
+    if window.days is not None:
+        missing = _missing_days([*window.days.by_value()], span)
+        if missing:
+            named = ", ".join(missing[:5]) + (" and others" if len(missing) > 5 else "")
+            yield _Measure("missing_days", named, len(missing), f"{len(missing)} of the days of the window have no row: {named}.")
+        else:
+            yield _Measure("missing_days", "rows", 0, "no day of the window is missing.")
+
+
+def _missing_days(days: Sequence[str], span: WindowConfig) -> list[str]:
+    """Calendar days between the first and the last, or those that the window names, that have no row."""
+    known = [day for day in (*days, span.start, span.end) if _is_day(day)]
+    if not known:
+        return []
+    first, last = datetime.date.fromisoformat(min(known)), datetime.date.fromisoformat(max(known))
+    every = (first + datetime.timedelta(days=number) for number in range((last - first).days + 1))
+    return [day.isoformat() for day in every if day.isoformat() not in days]
+
+
+def _is_day(text: str) -> bool:
+    try:
+        return bool(datetime.date.fromisoformat(text))
+    except ValueError:
+        return False
+
+
+def _late_hours(window: Statistics, baseline: Statistics) -> Iterator[_Measure]:
+    earlier = _hours_before_end(baseline)
+    for day, hours in _hours_before_end(window).items():
+        if earlier:
+            late = max(hours - max(earlier.values()), 0.0)
+            detail = f"its newest event is {hours:.1f} hours before the end of the day in UTC, in the baseline at most {max(earlier.values()):.1f}."
+            yield _Measure("late_hours", day, late, detail)
+
+
+def _hours_before_end(statistics: Statistics) -> dict[str, float]:
+    """How long before its end each day falls silent; negative where the days are not those of UTC."""
+    found = {}
+    for day, newest in (statistics.newest or {}).items():
+        if _is_day(day):
+            end = datetime.datetime.combine(datetime.date.fromisoformat(day), datetime.time(), datetime.UTC).timestamp() + 24 * 3600
+            found[day] = (end - newest / 1000) / 3600
+    return found
+
+
+def _label_rates(window: Statistics, baseline: Statistics | None, significance: float) -> Iterator[_Measure]:
+    """Over all and by segment against the baseline; each day against the baseline, or else against the other days."""
+    earlier = baseline.labels if baseline is not None and baseline.tasks == window.tasks else None
+    days = {} if window.days is None else window.days.by_value()
+    for task in window.tasks:
+        if earlier is not None:
+            yield _label_rate("label_rate", task, task, window, window.labels, earlier, significance)
+        for day, tallied in days.items() if len(days) > 1 else ():
+            reference = window.labels - tallied if earlier is None else earlier
+            yield _label_rate("label_rate", f"{task} on {day}", task, window, tallied, reference, significance)
+        if earlier is None or baseline is None:
+            continue
+        for column, counts in (window.segments or {}).items():
+            before = baseline.segments[column].by_value() if baseline.segments and column in baseline.segments else {}
+            for value, tallied in counts.by_value().items():
+                if value in before:
+                    subject = f"{task} where {column}={value}"
+                    yield _label_rate("label_rate_by_segment", subject, task, window, tallied, before[value], significance)
+
+
+def _label_rate(
+    check: str, subject: str, task: str, statistics: Statistics, now: Integers, before: Integers, significance: float
+) -> _Measure:
+    (counted, rate), (reference, usual) = statistics.label_rate(task, now), statistics.label_rate(task, before)
+    if not counted or not reference:
+        return _Measure(check, subject, 0.0, f"no row that counts for {task}, or none to compare with.", False)
+    change = abs(rate - usual) / usual if usual else (math.inf if rate else 0.0)
+    is_beyond = _differ(rate, counted, usual, reference, significance)
+    return _Measure(check, subject, min(change, 1e9), f"{rate:.4%} of {counted:,} rows are positive, before it was {usual:.4%}.", is_beyond)
+
+
+def _compared(name: str, now: ColumnStatistics, before: ColumnStatistics, significance: float) -> Iterator[_Measure]:
+    def measure(check: str, value: float, detail: str, is_beyond_chance: bool, part: str = "") -> _Measure:
+        return _Measure(check, f"{name}{part}", value, detail, is_beyond_chance, now.feature)
+
+    drop = before.coverage - now.coverage
+    detail = f"{now.coverage:.2%} of the rows have it, before it was {before.coverage:.2%}."
+    yield measure("coverage_drop", max(drop, 0.0), detail, _differ(now.coverage, now.rows, before.coverage, before.rows, significance))
+    if now.values is not None and before.values is not None:
+        yield from _compared_values(now.values, before.values, significance, measure)
+    for part, numbers, earlier in (("", now.numbers, before.numbers), (" (length)", now.lengths, before.lengths)):
+        if numbers is not None and earlier is not None and numbers.count and earlier.count:
+            weights = " (weight)" if now.values is not None and not part else part
+            yield from _compared_numbers(numbers, earlier, significance, weights, measure)
+
+
+Measure = Callable[..., _Measure]
+
+
+def _compared_values(now: Counts, before: Counts, significance: float, measure: Measure) -> Iterator[_Measure]:
+    level = max(now.level, before.level)
+    now, before = now.at(level), before.at(level)
+    total, earlier = now.num_kept, before.num_kept
+    if not total or not earlier:
+        return
+    shares, usual = _shares_of_values(now, before)
+    yield from _drift(shares, usual, total, earlier, significance, "", measure)
+    for check, one, other, size, other_size, where in (
+        ("new_value", now, before, total, earlier, "not in the baseline"),
+        ("lost_value", before, now, earlier, total, "in the baseline and not here"),
+    ):
+        is_only_here = ~np.isin(one.keys, other.keys)
+        share, named = 0.0, "none"
+        if is_only_here.any():
+            place = int(np.argmax(np.where(is_only_here, one.tallies[:, 0], -1)))
+            assert one.values is not None
+            share, named = one.tallies[place, 0] / size, repr(one.values[place].as_py())
+        all_share = one.tallies[is_only_here, 0].sum() / size
+        detail = f"{named} is {share:.2%} of the values and {where}; all such values together are {all_share:.2%}."
+        yield measure(check, share, detail, _differ(share, size, 0.0, other_size, significance))
+        if check == "new_value":
+            yield measure("unseen_ids", all_share, detail, _differ(all_share, size, 0.0, other_size, significance))
+
+
+def _compared_numbers(now: Numbers, before: Numbers, significance: float, part: str, measure: Measure) -> Iterator[_Measure]:
+    total, earlier = now.count, before.count
+    shares, usual = _shares_of_numbers(now, before)
+    yield from _drift(shares, usual, total, earlier, significance, part, measure)
+    keys = np.union1d(now.bins.keys, before.bins.keys)
+    distance = float(np.abs(_cumulative(now, keys) - _cumulative(before, keys)).max())
+    detail = f"median {now.quantile(0.5):.4g} instead of {before.quantile(0.5):.4g}, mean {now.mean:.4g} instead of {before.mean:.4g}."
+    # Dvoretzky-Kiefer-Wolfowitz: as improbable as so many standard errors of a normal distribution.
+    least = significance / 2 * math.sqrt(1 / total + 1 / earlier)
+    yield measure("kolmogorov_smirnov", distance, detail, distance > least, part)
+    outside = _outside(now, before)
+    detail = f"{outside:.2%} of the numbers are outside of [{before.low:.6g}, {before.high:.6g}]; here they are in [{now.low:.6g}, {now.high:.6g}]."
+    yield measure("out_of_range", outside, detail, _differ(outside, total, 1 / earlier, earlier, significance), part)
+
+
+def _drift(shares: Floats, usual: Floats, total: int, earlier: int, significance: float, part: str, measure: Measure) -> Iterator[_Measure]:
+    stability = float(((shares - usual) * np.log(shares / usual)).sum())
+    middle = (shares + usual) / 2
+    divergence = float((shares * np.log2(shares / middle) + usual * np.log2(usual / middle)).sum() / 2)
+    # Without a change the index is about (1 / n + 1 / m) times a chi-squared variable of one degree less than there are parts.
+    freedom = max(len(shares) - 1, 1)
+    least = (1 / total + 1 / earlier) * (freedom + significance * math.sqrt(2 * freedom))
+    place = int(np.argmax(np.abs(shares - usual)))
+    detail = f"the part that changed most is {shares[place]:.2%}, before it was {usual[place]:.2%}."
+    yield measure("psi", stability, detail, stability > least, part)
+    yield measure("jensen_shannon", divergence, detail, stability > least, part)
+
+
+def _shares_of_values(now: Counts, before: Counts) -> tuple[Floats, Floats]:
+    """Shares of the frequent values of the baseline, and of all others, in both."""
+    chosen = before.keys[before.tallies[:, 0] >= LEAST_SHARE * before.num_kept]
+    return _smoothed(_split(now, chosen)), _smoothed(_split(before, chosen))
+
+
+def _split(counts: Counts, chosen: NDArray[np.uint64]) -> Floats:
+    found = dict(zip(counts.keys.tolist(), counts.tallies[:, 0].tolist(), strict=True))
+    named = [found.get(key, 0) for key in chosen.tolist()]
+    return np.array([*named, counts.num_kept - sum(named)], np.float64)
+
+
+def _shares_of_numbers(now: Numbers, before: Numbers) -> tuple[Floats, Floats]:
+    """Shares of the tenths of the baseline, as far as its bins tell them apart, in both."""
+    reached = np.cumsum(before.bins.tallies[:, 0]) / before.count
+    edges = np.unique(before.bins.keys[np.searchsorted(reached, np.arange(1, 10) / 10)])
+
+    def split(numbers: Numbers) -> Floats:
+        parts = np.searchsorted(edges, numbers.bins.keys)
+        return np.bincount(parts, weights=numbers.bins.tallies[:, 0], minlength=len(edges) + 1)
+
+    return _smoothed(split(now)), _smoothed(split(before))
+
+
+def _smoothed(counts: Floats) -> Floats:
+    """Shares; half a row more in each part keeps logarithms finite."""
+    smoothed: Floats = (counts + 0.5) / (counts.sum() + 0.5 * len(counts))
+    return smoothed
+
+
+def _cumulative(numbers: Numbers, keys: NDArray[np.uint64]) -> Floats:
+    reached = np.concatenate([[0.0], np.cumsum(numbers.bins.tallies[:, 0]) / numbers.count])
+    cumulative: Floats = reached[np.searchsorted(numbers.bins.keys, keys, side="right")]
+    return cumulative
+
+
+def _outside(now: Numbers, before: Numbers) -> float:
+    """Share of the numbers in bins beyond the outermost ones of the baseline, and in its outermost ones at least the extremes."""
+    counts, keys = now.bins.tallies[:, 0], now.bins.keys
+    beyond = int(counts[(keys < before.bins.keys[0]) | (keys > before.bins.keys[-1])].sum())
+    return beyond / now.count
+
+
+def _differ(first: float, first_size: int, second: float, second_size: int, significance: float) -> bool:
+    """Whether two shares differ by more than so many standard errors of their difference, were they the same."""
+    pooled = (first * first_size + second * second_size) / (first_size + second_size)
+    error = math.sqrt(max(pooled * (1 - pooled), 0.0) * (1 / first_size + 1 / second_size))
+    return abs(first - second) > significance * error
