@@ -150,7 +150,8 @@ def _settled(keys: Keys, tallies: Integers, values: pa.Array | None, capacity: i
 
 
 def _is_kept(keys: Keys, level: int) -> NDArray[np.bool_]:
-    return keys & np.uint64((1 << level) - 1) == 0
+    is_kept: NDArray[np.bool_] = keys & np.uint64((1 << level) - 1) == 0
+    return is_kept
 
 
 @dataclass(frozen=True)
@@ -209,7 +210,7 @@ class Numbers:
         if not self.count:
             return math.nan
         place = int(np.searchsorted(np.cumsum(self.bins.tallies[:, 0]), share * self.count))
-        centre = _bin_centre(int(self.bins.keys[min(place, len(self.bins.keys) - 1)]))
+        centre = bin_centre(int(self.bins.keys[min(place, len(self.bins.keys) - 1)]))
         return min(max(centre, self.low), self.high)
 
     def to_plain(self) -> dict[str, Any]:
@@ -230,10 +231,11 @@ def _bin_keys(numbers: Floats) -> Keys:
     sizes = np.clip(np.abs(numbers), SMALLEST, LARGEST)
     places = np.ceil(np.log(sizes) / _LOG_RATIO).astype(np.int64) - _LOWEST_BIN + 1
     signs = np.sign(numbers).astype(np.int64) * (np.abs(numbers) > SMALLEST)
-    return (_ZERO_KEY + signs * places).view(np.uint64)
+    keys: Keys = (_ZERO_KEY + signs * places).view(np.uint64)
+    return keys
 
 
-def _bin_centre(key: int) -> float:
+def bin_centre(key: int) -> float:
     """Where no number of the bin is further away than 1 % of it."""
     if key == _ZERO_KEY:
         return 0.0

@@ -138,6 +138,11 @@ class ParquetSource:
         return tuple(sorted({day for file in files if (day := self._partitions(file).get("date"))}))
 
     @property
+    def column_names(self) -> frozenset[str]:
+        """Columns that every file has, those of the names of folders included."""
+        return frozenset.intersection(*(frozenset(self._columns(file, footer).names) for file, footer in self._footers.items()))
+
+    @property
     def fingerprint(self) -> str:
         """Twelve hex digits of the files, their row groups, their rows and the transforms; changes when the data does."""
         text = "\n".join(

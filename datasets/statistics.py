@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import json
 import math
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,8 @@ from mlenv.datasets.counts import ROW_CAPACITY, VALUE_CAPACITY, Counts, Floats, 
 from mlenv.datasets.hashing import hash_ids, splitmix64
 from mlenv.datasets.lists import as_list, list_lengths
 from mlenv.errors import DataError
-from mlenv.schema import Categorical, Label, Schema, Sequence as EventSequence
+from mlenv.schema import Categorical, Label, Schema
+from mlenv.schema import Sequence as EventSequence
 
 STATISTICS_FILE = "statistics.json"
 """Name of the file in the output folder of a training."""
@@ -80,7 +80,8 @@ class ColumnStatistics:
         A row is scored by the label rate of the other rows with its value, so that an id that occurs once tells nothing.
         Of values, numbers and lengths the one that tells most counts.
         """
-        parts = [part for part in (self.values, self.numbers and self.numbers.bins, self.lengths and self.lengths.bins) if part is not None]
+        spreads = [spread.bins for spread in (self.numbers, self.lengths) if spread is not None]
+        parts = spreads if self.values is None else [self.values, *spreads]
         tallies = [np.vstack([part.tallies, self.absent[None] / (1 << part.level)]) for part in parts]
         tasks = (len(self.absent) - 1) // 2
         aucs = ([_leave_one_out_auc(table[:, 1 + 2 * task], table[:, 2 + 2 * task]) for table in tallies] for task in range(tasks))
@@ -162,7 +163,7 @@ class Statistics:
             "newest": self.newest,
             "row_keys": self.row_keys and self.row_keys.to_plain(),
             "all_rows": self.all_rows.to_plain(),
-            "segments": self.segments and {name: counts.to_plain() for name, counts in self.segments.items()},
+            "segments": None if self.segments is None else {name: entry.to_plain() for name, entry in self.segments.items()},
             "columns": {name: column.to_plain() for name, column in self.columns.items()},
         }
         return json.dumps(plain, separators=(",", ":"), allow_nan=False)
@@ -191,7 +192,9 @@ class Statistics:
             days=counts("days", tasks),
             newest=plain["newest"],
             row_keys=counts("row_keys", 0),
-            segments=plain["segments"] and {name: Counts.from_plain(entry, tasks) for name, entry in plain["segments"].items()},
+            segments=None
+            if plain["segments"] is None
+            else {name: Counts.from_plain(entry, tasks) for name, entry in plain["segments"].items()},
             data_fingerprint=plain["data_fingerprint"],
         )
 
@@ -227,7 +230,7 @@ def _of_batch(batch: pa.RecordBatch, schema: Schema) -> Statistics:
     outcomes = [_outcomes(batch, task, label) for task, label in schema.labels.items()]
     rows, names = batch.num_rows, set(batch.schema.names)
     columns: dict[str, ColumnStatistics] = {}
-    identity = np.zeros(rows, np.uint64)
+    identity: Keys = np.zeros(rows, np.uint64)
     for name, feature in schema.features.items():
         fields = feature.fields if isinstance(feature, EventSequence) else None
         for part, column in _columns_of(schema, name, fields):

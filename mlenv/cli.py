@@ -11,17 +11,17 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlenv.errors import MlenvError, TrainingError
+from mlenv.errors import GateError, MlenvError, TrainingError
 
 if TYPE_CHECKING:
     from mlenv.config import ExperimentConfig
     from mlenv.loops.evaluate import Evaluation
 
-DONE, FAILED, WRONG_INPUT = 0, 1, 2
+DONE, FAILED, WRONG_INPUT, GATE = 0, 1, 2, 3
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit code: 0 done, 1 failed, 2 wrong usage, config or data."""
+    """Runs one command; returns the exit code: 0 done, 1 failed, 2 wrong usage, config or data, 3 a gate said no."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     if unknown := [word for word in rest if word.startswith("-") or "=" not in word]:
@@ -38,6 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except TrainingError as error:
         print(f"mlenv: {error}", file=sys.stderr)
         return FAILED
+    except GateError as error:
+        print(f"mlenv: {error}", file=sys.stderr)
+        return GATE
     except MlenvError as error:
         print(f"mlenv: {error}", file=sys.stderr)
         return WRONG_INPUT
@@ -65,11 +68,20 @@ def _parser() -> argparse.ArgumentParser:
         ("train", _train, "Train a model, or continue a killed training; measure it on the test window; write a report."),
         ("evaluate", _evaluate, "Measure the model that a training kept on the test window again, and write the report again."),
         ("predict", _predict, "Write the predictions of the model that a training kept for the test window."),
+        ("validate", _validate, "Judge the data of a window, by itself and against an earlier one; exit code 3 when they fail."),
     ):
         made = verb(verbs, name, partial(_with_config, run), text)
         made.add_argument("config", type=Path, help="YAML file; settings may follow as key=value")
         if name == "predict":
             made.add_argument("--out", type=Path, required=True, help="folder for the predictions")
+        if name == "validate":
+            made.add_argument("--window", choices=["train", "validation", "test"], help="what is judged; the test window if there is one")
+            made.add_argument(
+                "--baseline",
+                default="",
+                help="another window, a file of statistics, or the output folder of a training; the training window",
+            )
+            made.add_argument("--out", type=Path, help="folder for validation.json, validation.html and statistics.json")
 
     data = verbs.add_parser("data", help="Make or convert data sets.", description="Make or convert data sets.").add_subparsers(
         required=True, metavar="VERB"
@@ -82,6 +94,13 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("dataset", choices=["frappe", "kuairand"])
     made.add_argument("--source", type=Path, required=True, help="folder of the original files")
     made.add_argument("--out", type=Path, required=True, help="new folder for the converted files")
+
+    made = verb(
+        data, "vocabulary", partial(_with_config, _vocabulary), "Print the vocabulary of a feature's table, from the training window."
+    )
+    made.add_argument("config", type=Path, help="YAML file; settings may follow as key=value")
+    made.add_argument("feature", help="feature, or feature.field of a sequence")
+    made.add_argument("--min-count", type=int, default=1, help="leave out ids that occur less often")
 
     made = verb(verbs, "ui", _ui, "Open MLflow on the runs tracked here.")
     made.add_argument("--uri", default="", help="where the runs are, as in tracking.uri; otherwise where training puts them by default")
@@ -123,6 +142,34 @@ def _predict(config: ExperimentConfig, options: argparse.Namespace) -> int:
         checkpoint = experiment.load()
         num_rows = predict(experiment.model, experiment.source("test"), options.out, experiment.calibrators)
     print(f"{num_rows:,} rows scored with {checkpoint} -> {options.out}")
+    return DONE
+
+
+def _validate(config: ExperimentConfig, options: argparse.Namespace) -> int:
+    from mlenv.validation_run import validate
+
+    verdict = validate(config, window=options.window, baseline=options.baseline, out=options.out)
+    for finding in verdict.raised:
+        limit = "" if finding.limit is None else f" (limit {finding.limit:.4g})"
+        print(f"{finding.severity.upper()}  {finding.check.ljust(21)}  {finding.subject}  {finding.value:.4g}{limit}")
+        print(f"      {finding.detail} To do: {finding.fix}.")
+    print(f"{verdict.severity}: {len(verdict.raised)} of {len(verdict.findings)} figures beyond their limits")
+    if options.out is not None:
+        print(f"page     {options.out / 'validation.html'}")
+    return GATE if verdict.severity == "fail" else DONE
+
+
+def _vocabulary(config: ExperimentConfig, options: argparse.Namespace) -> int:
+    from mlenv.composition import to_yaml
+    from mlenv.datasets.parquet_source import ParquetSource
+    from mlenv.datasets.vocabulary import build_vocabulary, table_columns
+
+    _, columns = table_columns(config.schema, options.feature)
+    source = ParquetSource(config.data, config.data.train, config.schema)
+    found = build_vocabulary(source.record_batches(columns), config.schema, options.feature, options.min_count)
+    print(f"# {len(found.ids):,} of {found.num_distinct:,} ids, {found.occurrence_share:.2%} of the occurrences; the others share one row.")
+    table = {"ids": "vocabulary", "num_embeddings": len(found.ids) + 1, "out_of_range": "hash", "vocabulary": list(found.ids)}
+    print(to_yaml({"schema": {"tables": {found.table: table}}}), end="")
     return DONE
 
 

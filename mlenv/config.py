@@ -524,12 +524,14 @@ class ChecksConfig:
     baseline: str = ""
     """What the training window is compared with then: statistics in a file, or in the output folder of an earlier training;
     empty for nothing, and then it is judged by itself."""
+    may_drift: tuple[str, ...] = ()
+    """Features whose distribution is free to change, such as the weekend; psi, jensen_shannon and kolmogorov_smirnov leave them out."""
     significance: float = 5.0
     """Standard errors that a difference must exceed."""
     coverage_drop: Limits = Limits(warn=0.01, fail=0.1)
     """Share of the rows that a feature is missing from and was not missing from before."""
     psi: Limits = Limits(warn=0.1, fail=0.25)
-    """Population stability index: of numbers over the tenths of the baseline, of ids over those that are at least 1 % of it and the rest."""
+    """Population stability index: of numbers over tenths of the baseline, of ids over those that are at least 1 % of it and the rest."""
     jensen_shannon: Limits = Limits(warn=0.02, fail=0.1)
     """Jensen-Shannon divergence in bits over the same parts: 0 for equal ones, 1 where nothing is shared."""
     kolmogorov_smirnov: Limits = Limits(warn=0.1, fail=0.25)
@@ -542,7 +544,7 @@ class ChecksConfig:
     """Share in the baseline of one value that is gone."""
     unseen_ids: Limits = Limits(warn=0.9, fail=0.97)
     """Share of all ids that the baseline does not have; many, where a day brings new users and items."""
-    label_rate: Limits = Limits(warn=0.2, fail=0.5)
+    label_rate: Limits = Limits(warn=0.2, fail=0.35)
     """Relative change of the label rate of a task, over all and on each day."""
     label_rate_by_segment: Limits = Limits(warn=0.5, fail=None)
     """Relative change of the label rate of a task for a value of a segment column."""
@@ -619,6 +621,8 @@ def _problems(config: ExperimentConfig) -> Iterator[MlenvError]:
         for column in set(calibrator.segments) - set(schema.segments):
             fix = f"add it to schema.segments; {nearest(column, schema.segments)}"
             yield ConfigError(f"calibration.{task}.segments", expected="columns of schema.segments", received=column, fix=fix)
+    for feature in set(config.checks.may_drift) - set(schema.features):
+        yield ConfigError("checks.may_drift", expected="features of the schema", received=feature, fix=nearest(feature, schema.features))
     yield from _monitor_problems(config)
     if config.embeddings.engine == "torchrec":
         if config.embeddings.optimizer != "row_wise_adagrad":

@@ -44,7 +44,7 @@ NORMALIZATION_ROWS = 262_144
 """Training rows that means and standard deviations are fitted on."""
 
 _MAY_CHANGE = (
-    *("name", "output", "tracking.", "calibration.", "data.path", "data.test", "data.decode_threads"),
+    *("name", "output", "tracking.", "checks.", "calibration.", "data.path", "data.test", "data.decode_threads"),
     *("loop.log_every_steps", "loop.checkpoint_every_steps", "loop.keep_checkpoints", "loop.stop_after_evaluations", "loop.device"),
 )
 """Keys that a resumed training may set anew; any other would make it another model."""

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlenv.charts import NEUTRAL, Chart, Series, dot_chart, line_chart, reliability_chart
+from mlenv.page import Cell, Table, render, write_whole
 
 if TYPE_CHECKING:
     from mlenv.loops.metrics import ReliabilityCurve
@@ -52,53 +51,29 @@ class Report:
     history: list[dict[str, float]]
     """The journal of the run: ``step`` and any of ``train/task/loss``, ``validation/task/metric``, ``train/examples_per_second``."""
     coverage: dict[str, float]
-    """Share of the examples in which each feature is neither null nor empty."""
+    """Share of the training examples in which each feature is neither null nor empty."""
     artifacts: dict[str, str]
     """Where the files of the run are, by name."""
-
-
-@dataclass(frozen=True)
-class _Cell:
-    text: str
-    notes: Sequence[str] = ()
-    """Lines under it, smaller."""
-    css: str = ""
-
-
-@dataclass(frozen=True)
-class _Table:
-    header: Sequence[str]
-    """The first ``num_names`` columns name the row, the others are figures."""
-    num_names: int
-    rows: Sequence[Sequence[_Cell]]
 
 
 @dataclass(frozen=True)
 class _Segment:
     column: str
     charts: Sequence[Chart]
-    table: _Table
+    table: Table
     note: str
 
 
 def write_report(report: Report, path: Path) -> None:
     """Writes the page whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        temporary.write_text(render_report(report), encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(render_report(report), path)
 
 
 def render_report(report: Report) -> str:
     """The page as text; equal reports give equal pages."""
-    import jinja2
-
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(resources.files("mlenv").joinpath("report.html.j2").read_text(encoding="utf-8"))
     shown = [metric for metric in METRICS if any(f"{task}/{metric}" in report.metrics for task in report.tasks)]
-    return template.render(
+    return render(
+        "report.html.j2",
         report=report,
         summary=_summary(report, shown),
         learning=list(_learning_charts(report)),
@@ -122,17 +97,17 @@ def format_figure(metric: str, value: float) -> str:
     return _FORMATS.get(metric, "{:.4f}").format(value)
 
 
-def _summary(report: Report, shown: Sequence[str]) -> _Table:
+def _summary(report: Report, shown: Sequence[str]) -> Table:
     rows = []
     for task in report.tasks:
-        cells = [_Cell(task)]
+        cells = [Cell(task)]
         for metric in shown:
             best = report.best.get(f"{task}/{metric}") if metric in ("auc", "grouped_auc", "normalized_entropy", "log_loss") else None
             notes = _before(report, task, metric)
             notes += [] if best is None or math.isnan(best) else [f"best {format_figure(metric, best)}"]
             cells.append(_figure(metric, report.metrics.get(f"{task}/{metric}", math.nan), notes))
         rows.append(cells)
-    return _Table(["Task", *(METRICS[metric] for metric in shown)], 1, rows)
+    return Table(["Task", *(METRICS[metric] for metric in shown)], 1, rows)
 
 
 def _before(report: Report, task: str, key: str) -> list[str]:
@@ -142,9 +117,9 @@ def _before(report: Report, task: str, key: str) -> list[str]:
     return [] if math.isnan(value) or metric in ("auc", "base_rate", "examples") else [f"before {format_figure(metric, value)}"]
 
 
-def _figure(metric: str, value: float, notes: Sequence[str] = ()) -> _Cell:
+def _figure(metric: str, value: float, notes: Sequence[str] = ()) -> Cell:
     off = metric == "calibration" and not math.isnan(value) and not 0.9 <= value <= 1.1
-    return _Cell(format_figure(metric, value), notes, "off" if off else "")
+    return Cell(format_figure(metric, value), notes, "off" if off else "")
 
 
 def _learning_charts(report: Report) -> Iterable[Chart]:
@@ -213,13 +188,13 @@ def _segment(report: Report, shown: Sequence[str], column: str, values: Sequence
         charts.append(dot_chart(f"{METRICS[metric]} by {column}", charted, [*dots, *levels], bounds))
     rows = [
         [
-            _Cell(value if task == report.tasks[0] else ""),
-            _Cell(task),
+            Cell(value if task == report.tasks[0] else ""),
+            Cell(task),
             *(_figure(metric, figure(task, metric, value), _before(report, task, f"{metric}@{column}={value}")) for metric in shown),
         ]
         for value in values
         for task in report.tasks
     ]
-    table = _Table([column, "Task", *(METRICS[metric] for metric in shown)], 2, rows)
+    table = Table([column, "Task", *(METRICS[metric] for metric in shown)], 2, rows)
     note = f"The charts show the {len(charted)} largest of {len(values)} values." if len(values) > len(charted) else ""
     return _Segment(column, charts, table, note)

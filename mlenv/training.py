@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from mlenv.config import ExperimentConfig
-from mlenv.datasets.coverage import feature_coverage
+from mlenv.datasets.statistics import STATISTICS_FILE, Statistics, read_statistics
 from mlenv.experiment import SPLITS, Experiment, Split
 from mlenv.loops.evaluate import Evaluation, evaluate
 from mlenv.loops.fit import fit
 from mlenv.loops.journal import JOURNAL_FILE, Journal
 from mlenv.loops.training_run import CHECKPOINT_FOLDER, CONFIG
+from mlenv.page import write_whole
 from mlenv.report import Report, write_report
+from mlenv.validation import validate_statistics, window_statistics
+
+logger = logging.getLogger(__name__)
 
 PREDICTIONS = "predictions"
 METRICS = "metrics.json"
@@ -39,12 +44,18 @@ def train(config: ExperimentConfig) -> TrainingResult:
     Raises:
         MlenvError: the config, the columns of the data or a checkpoint cannot be used, before anything is written; or a
             value in a row cannot, when its row group is read, and then the run stays as the last checkpoint left it.
+        GateError: ``checks.before_training`` is set, and the training window fails; nothing is written.
     """
     with Experiment(config) as experiment:
         splits: list[Split] = [split for split in SPLITS if getattr(config.data, split) is not None]
         for split in splits:
             experiment.source(split)  # all windows are checked before the first step
+        statistics = _training_statistics(experiment)
+        if config.checks.before_training:
+            _check_training_window(statistics, config)
         progress = fit(experiment.step, experiment.source("train"), experiment.run, config.loop)
+        write_whole(statistics.to_json(), experiment.output / STATISTICS_FILE)
+        experiment.keep(experiment.output / STATISTICS_FILE)
         checkpoint = experiment.load()
         experiment.calibrate(checkpoint)
         evaluation = evaluate_and_report(experiment) if "test" in splits else None
@@ -74,11 +85,27 @@ def evaluate_and_report(experiment: Experiment) -> Evaluation:
         uncalibrated=evaluation.uncalibrated,
         reliability_before=evaluation.reliability_before,
         history=Journal(output / JOURNAL_FILE).read(),
-        coverage=feature_coverage(source.record_batches(schema.feature_columns), schema),
-        artifacts={"predictions": PREDICTIONS, "config": CONFIG, "checkpoints": CHECKPOINT_FOLDER},
+        coverage=read_statistics(output).coverage if (output / STATISTICS_FILE).exists() else {},
+        artifacts={"predictions": PREDICTIONS, "statistics": STATISTICS_FILE, "config": CONFIG, "checkpoints": CHECKPOINT_FOLDER},
     )
     write_report(report, output / REPORT)
     return evaluation
+
+
+def _training_statistics(experiment: Experiment) -> Statistics:
+    """Those in the output folder, unless the training window has become another one."""
+    source, file = experiment.source("train"), experiment.output / STATISTICS_FILE
+    if file.exists() and (stored := read_statistics(file)).data_fingerprint == source.fingerprint:
+        return stored
+    return window_statistics(source)
+
+
+def _check_training_window(statistics: Statistics, config: ExperimentConfig) -> None:
+    baseline = read_statistics(Path(config.checks.baseline)) if config.checks.baseline else None
+    verdict = validate_statistics(statistics, baseline, config.schema, config.checks, config.data.train)
+    for finding in verdict.raised:
+        logger.warning("data.train: %s of %s: %s Fix: %s.", finding.check, finding.subject, finding.detail, finding.fix)
+    verdict.require("data.train")
 
 
 def _calibration_facts(experiment: Experiment) -> dict[str, str]:

@@ -5,17 +5,21 @@ from __future__ import annotations
 import datetime
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mlenv.config import ChecksConfig, Limits, WindowConfig
-from mlenv.datasets.counts import Counts, Floats, Integers, Numbers
-from mlenv.datasets.statistics import ColumnStatistics, Statistics
+from mlenv.datasets.counts import Counts, Floats, Integers, Numbers, bin_centre
+from mlenv.datasets.statistics import ColumnStatistics, Statistics, collect, statistics_columns
 from mlenv.errors import GateError
 from mlenv.schema import Schema
+
+if TYPE_CHECKING:
+    from mlenv.datasets.parquet_source import ParquetSource
 
 Severity = Literal["fail", "warn", "pass"]
 SEVERITIES: tuple[Severity, ...] = ("fail", "warn", "pass")
@@ -26,11 +30,14 @@ such as users, come and go in bursts that no count of rows accounts for."""
 LEAST_LABELS = 20
 """Positives and negatives without which an AUC says nothing."""
 
+DRIFT = ("psi", "jensen_shannon", "kolmogorov_smirnov")
+
 FIXES = {
     "coverage_drop": "find what stopped writing the column; until then train without the feature, or with feature dropout",
-    "psi": "compare the values on the page; a change of meaning needs a new column, a change of the world a new training",
-    "jensen_shannon": "as for psi",
-    "kolmogorov_smirnov": "as for psi",
+    **dict.fromkeys(
+        DRIFT,
+        "look for a changed source; train anew if the world has changed; name a feature of the calendar in checks.may_drift",
+    ),
     "out_of_range": "look for a changed unit or a broken source; clip the column if the values are right",
     "new_value": "map the value to the one it replaces, or add it to the vocabulary and train again",
     "unseen_ids": "look for ids that are written in another way than before",
@@ -122,8 +129,16 @@ def validate_statistics(
                 measures += _compared(name, column, baseline.columns[name], checks.significance)
         measures += _late_hours(window, baseline)
     measures += _label_rates(window, baseline, checks.significance)
-    findings = [_judged(measure, schema, checks) for measure in measures]
+    findings = [
+        _judged(measure, schema, checks) for measure in measures if measure.check not in DRIFT or measure.feature not in checks.may_drift
+    ]
     return Verdict(sorted(findings, key=lambda found: (SEVERITIES.index(found.severity), -_excess(found), found.check, found.subject)))
+
+
+def window_statistics(source: ParquetSource) -> Statistics:
+    """Statistics of all rows of a source, read once."""
+    columns = statistics_columns(source.schema, source.column_names)
+    return replace(collect(source.record_batches(columns), source.schema), data_fingerprint=source.fingerprint)
 
 
 def _judged(measure: _Measure, schema: Schema, checks: ChecksConfig) -> Finding:
@@ -187,9 +202,9 @@ def _late_hours(window: Statistics, baseline: Statistics) -> Iterator[_Measure]:
     earlier = _hours_before_end(baseline)
     for day, hours in _hours_before_end(window).items():
         if earlier:
-            late = max(hours - max(earlier.values()), 0.0)
-            detail = f"its newest event is {hours:.1f} hours before the end of the day in UTC, in the baseline at most {max(earlier.values()):.1f}."
-            yield _Measure("late_hours", day, late, detail)
+            usual = max(earlier.values())
+            detail = f"its newest event is {hours:.1f} hours before the end of the day in UTC, in the baseline at most {usual:.1f}."
+            yield _Measure("late_hours", day, max(hours - usual, 0.0), detail)
 
 
 def _hours_before_end(statistics: Statistics) -> dict[str, float]:
@@ -257,8 +272,7 @@ def _compared_values(now: Counts, before: Counts, significance: float, measure: 
     total, earlier = now.num_kept, before.num_kept
     if not total or not earlier:
         return
-    shares, usual = _shares_of_values(now, before)
-    yield from _drift(shares, usual, total, earlier, significance, "", measure)
+    yield from _drift(*_value_parts(now, before), significance, "", measure)
     for check, one, other, size, other_size, where in (
         ("new_value", now, before, total, earlier, "not in the baseline"),
         ("lost_value", before, now, earlier, total, "in the baseline and not here"),
@@ -278,8 +292,7 @@ def _compared_values(now: Counts, before: Counts, significance: float, measure: 
 
 def _compared_numbers(now: Numbers, before: Numbers, significance: float, part: str, measure: Measure) -> Iterator[_Measure]:
     total, earlier = now.count, before.count
-    shares, usual = _shares_of_numbers(now, before)
-    yield from _drift(shares, usual, total, earlier, significance, part, measure)
+    yield from _drift(*_number_parts(now, before), significance, part, measure)
     keys = np.union1d(now.bins.keys, before.bins.keys)
     distance = float(np.abs(_cumulative(now, keys) - _cumulative(before, keys)).max())
     detail = f"median {now.quantile(0.5):.4g} instead of {before.quantile(0.5):.4g}, mean {now.mean:.4g} instead of {before.mean:.4g}."
@@ -287,45 +300,51 @@ def _compared_numbers(now: Numbers, before: Numbers, significance: float, part: 
     least = significance / 2 * math.sqrt(1 / total + 1 / earlier)
     yield measure("kolmogorov_smirnov", distance, detail, distance > least, part)
     outside = _outside(now, before)
-    detail = f"{outside:.2%} of the numbers are outside of [{before.low:.6g}, {before.high:.6g}]; here they are in [{now.low:.6g}, {now.high:.6g}]."
+    detail = f"{outside:.2%} are outside of [{before.low:.6g}, {before.high:.6g}]; the numbers are in [{now.low:.6g}, {now.high:.6g}]."
     yield measure("out_of_range", outside, detail, _differ(outside, total, 1 / earlier, earlier, significance), part)
 
 
-def _drift(shares: Floats, usual: Floats, total: int, earlier: int, significance: float, part: str, measure: Measure) -> Iterator[_Measure]:
+def _drift(names: Sequence[str], now: Floats, before: Floats, significance: float, part: str, measure: Measure) -> Iterator[_Measure]:
+    """``names``, ``now``, ``before``: the parts that the values are divided into, and how many of both are in each."""
+    shares, usual = _smoothed(now), _smoothed(before)
     stability = float(((shares - usual) * np.log(shares / usual)).sum())
     middle = (shares + usual) / 2
     divergence = float((shares * np.log2(shares / middle) + usual * np.log2(usual / middle)).sum() / 2)
     # Without a change the index is about (1 / n + 1 / m) times a chi-squared variable of one degree less than there are parts.
-    freedom = max(len(shares) - 1, 1)
-    least = (1 / total + 1 / earlier) * (freedom + significance * math.sqrt(2 * freedom))
+    freedom = max(len(names) - 1, 1)
+    least = (1 / now.sum() + 1 / before.sum()) * (freedom + significance * math.sqrt(2 * freedom))
     place = int(np.argmax(np.abs(shares - usual)))
-    detail = f"the part that changed most is {shares[place]:.2%}, before it was {usual[place]:.2%}."
+    detail = f"{names[place]} are {shares[place]:.2%} of the values, before it was {usual[place]:.2%}."
     yield measure("psi", stability, detail, stability > least, part)
     yield measure("jensen_shannon", divergence, detail, stability > least, part)
 
 
-def _shares_of_values(now: Counts, before: Counts) -> tuple[Floats, Floats]:
-    """Shares of the frequent values of the baseline, and of all others, in both."""
-    chosen = before.keys[before.tallies[:, 0] >= LEAST_SHARE * before.num_kept]
-    return _smoothed(_split(now, chosen)), _smoothed(_split(before, chosen))
+def _value_parts(now: Counts, before: Counts) -> tuple[list[str], Floats, Floats]:
+    """The frequent values of the baseline, and all others."""
+    assert before.values is not None
+    places = np.flatnonzero(before.tallies[:, 0] >= LEAST_SHARE * before.num_kept)
+    names = [*(repr(before.values[int(place)].as_py()) for place in places), "rare ones" if len(places) else "all"]
+
+    def split(counts: Counts) -> Floats:
+        found = dict(zip(counts.keys.tolist(), counts.tallies[:, 0].tolist(), strict=True))
+        named = [found.get(key, 0) for key in before.keys[places].tolist()]
+        return np.array([*named, counts.num_kept - sum(named)], np.float64)
+
+    return names, split(now), split(before)
 
 
-def _split(counts: Counts, chosen: NDArray[np.uint64]) -> Floats:
-    found = dict(zip(counts.keys.tolist(), counts.tallies[:, 0].tolist(), strict=True))
-    named = [found.get(key, 0) for key in chosen.tolist()]
-    return np.array([*named, counts.num_kept - sum(named)], np.float64)
-
-
-def _shares_of_numbers(now: Numbers, before: Numbers) -> tuple[Floats, Floats]:
-    """Shares of the tenths of the baseline, as far as its bins tell them apart, in both."""
+def _number_parts(now: Numbers, before: Numbers) -> tuple[list[str], Floats, Floats]:
+    """The tenths of the baseline, as far as its bins tell them apart."""
     reached = np.cumsum(before.bins.tallies[:, 0]) / before.count
     edges = np.unique(before.bins.keys[np.searchsorted(reached, np.arange(1, 10) / 10)])
+    ends = [f"{bin_centre(int(edge)):.3g}" for edge in edges]
+    names = [f"numbers up to {ends[0]}", *(f"numbers from {low} to {high}" for low, high in pairwise(ends)), f"numbers above {ends[-1]}"]
 
     def split(numbers: Numbers) -> Floats:
         parts = np.searchsorted(edges, numbers.bins.keys)
-        return np.bincount(parts, weights=numbers.bins.tallies[:, 0], minlength=len(edges) + 1)
+        return np.bincount(parts, weights=numbers.bins.tallies[:, 0], minlength=len(names)).astype(np.float64)
 
-    return _smoothed(split(now)), _smoothed(split(before))
+    return names, split(now), split(before)
 
 
 def _smoothed(counts: Floats) -> Floats:
@@ -341,7 +360,7 @@ def _cumulative(numbers: Numbers, keys: NDArray[np.uint64]) -> Floats:
 
 
 def _outside(now: Numbers, before: Numbers) -> float:
-    """Share of the numbers in bins beyond the outermost ones of the baseline, and in its outermost ones at least the extremes."""
+    """Share of the numbers in bins beyond the outermost ones of the baseline: at most 2 % outside does not count."""
     counts, keys = now.bins.tallies[:, 0], now.bins.keys
     beyond = int(counts[(keys < before.bins.keys[0]) | (keys > before.bins.keys[-1])].sum())
     return beyond / now.count

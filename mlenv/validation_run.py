@@ -1,0 +1,65 @@
+"""From a config to a verdict about its data: read the window and the baseline, judge, write the page."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Literal, get_args
+
+from mlenv.batch import Extra
+from mlenv.config import ExperimentConfig, WindowConfig
+from mlenv.datasets.parquet_source import ParquetSource
+from mlenv.datasets.statistics import STATISTICS_FILE, Statistics, read_statistics
+from mlenv.errors import ConfigError, DataError
+from mlenv.page import write_whole
+from mlenv.validation import Verdict, validate_statistics, window_statistics
+from mlenv.validation_page import ValidationPage, render_validation
+
+VALIDATION_FILE, PAGE_FILE = "validation.json", "validation.html"
+
+Window = Literal["train", "validation", "test"]
+
+
+def validate(config: ExperimentConfig, *, window: Window | None = None, baseline: str = "", out: Path | None = None) -> Verdict:
+    """Judges a window of the config against a baseline.
+
+    Args:
+        window: by default ``test`` if the config has it, else ``train``.
+        baseline: a window of the config, a file of statistics, or the output folder of a training. By default the training
+            window; of the training window none, and then it is judged by itself.
+        out: folder for the page, the findings and the window's statistics; its parent exists.
+
+    Raises:
+        ConfigError, DataError: a window or the baseline cannot be read, or ``out`` cannot be written.
+    """
+    chosen: Window = window or ("train" if config.data.test is None else "test")
+    against = baseline or ("" if chosen == "train" else "train")
+    if against == chosen:
+        raise ConfigError("baseline", expected=f"something else than the window {chosen!r}", received=against)
+    if out is not None and (not out.parent.is_dir() or out.is_file()):
+        raise DataError(str(out), expected="a folder whose parent exists", received="none", fix=f"mkdir -p '{out.parent}'")
+    now = _window_statistics(config, chosen)
+    before = None if not against else _window_statistics(config, against) if against in get_args(Window) else read_statistics(Path(against))
+    verdict = validate_statistics(now, before, config.schema, config.checks, _span(config, chosen))
+    if out is not None:
+        out.mkdir(exist_ok=True)
+        facts = {"window": f"{chosen}: {_span(config, chosen)}", "rows": f"{now.rows:,}"}
+        if before is not None:
+            facts |= {"baseline": against, "rows of the baseline": f"{before.rows:,}"}
+        page = ValidationPage(config.name, facts, verdict, now, before, config.schema)
+        write_whole(now.to_json(), out / STATISTICS_FILE)
+        write_whole(json.dumps(facts | verdict.to_plain(), indent=2), out / VALIDATION_FILE)
+        write_whole(render_validation(page), out / PAGE_FILE)
+    return verdict
+
+
+def _window_statistics(config: ExperimentConfig, window: str) -> Statistics:
+    extras: tuple[Extra, ...] = ("metadata",)
+    return window_statistics(ParquetSource(config.data, _span(config, window), config.schema, extras=extras))
+
+
+def _span(config: ExperimentConfig, window: str) -> WindowConfig:
+    span: WindowConfig | None = getattr(config.data, window)
+    if span is None:
+        raise ConfigError(f"data.{window}", expected="a window", received=None, fix=f"set data.{window}.start and end, or path")
+    return span
