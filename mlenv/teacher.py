@@ -17,7 +17,7 @@ from mlenv.config import DistillationConfig, ExperimentConfig
 from mlenv.errors import ConfigError
 from mlenv.loops.calibration import CALIBRATORS_FILE, Calibrator, calibrators_from_json, predictions_from
 from mlenv.loops.checkpoint import MANIFEST, list_checkpoints, load_tensors, read_document, verify
-from mlenv.loops.training_run import CHECKPOINT_FOLDER, CONFIG
+from mlenv.loops.training_run import BEST_FOLDER, CHECKPOINT_FOLDER, CONFIG
 from mlenv.loops.training_state import model_tensors
 from mlenv.mlflow_outbox import absolute_uri
 from mlenv.modules import TorchEmbeddings
@@ -164,11 +164,12 @@ def _used(schema: Schema, features: Collection[str]) -> dict[str, Table]:
 
 
 def _find(teacher: str, tracking_uri: str) -> Path:
-    """The checkpoint that a teacher's name leads to."""
+    """The checkpoint that a teacher's name leads to: of a training that chose its best step that one, of another its last."""
     folder = _download(teacher, tracking_uri) if teacher.startswith(_MLFLOW) else Path(teacher)
     if (folder / MANIFEST).is_file():
         return folder
-    checkpoints = [*list_checkpoints(folder / CHECKPOINT_FOLDER), *(path.parent for path in folder.glob(f"*/{MANIFEST}"))]
+    checkpoints = list_checkpoints(folder / BEST_FOLDER) or list_checkpoints(folder / CHECKPOINT_FOLDER)
+    checkpoints = checkpoints or [path.parent for path in folder.glob(f"*/{MANIFEST}")]
     if not checkpoints:
         fix = "name the output folder of a training, one of its checkpoints, or a model that MLflow keeps"
         raise ConfigError(KEY, expected="a checkpoint", received=teacher, fix=fix)

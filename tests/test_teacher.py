@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 
 import mlflow
@@ -185,3 +186,13 @@ def test_the_dry_run_loads_the_teacher(teacher, demo_arguments, capsys, tmp_path
 def test_an_objective_that_cannot_be_built_is_refused_by_the_dry_run(demo_arguments, capsys, settings, message):
     assert main(["train", *demo_arguments(*settings), "--dry-run"]) == WRONG_INPUT
     assert message in capsys.readouterr().err
+
+
+def test_of_a_training_that_chose_its_best_step_that_one_teaches(teacher, demo_arguments, tmp_path):
+    copy = tmp_path / "chose"
+    last = list_checkpoints(teacher[0] / "checkpoints")[-1]
+    shutil.copytree(last, copy / "checkpoints" / "step-00000009")
+    shutil.copytree(last, copy / "best" / "step-00000003")
+    for file in (copy / "checkpoints" / "step-00000009").glob("*.safetensors"):
+        file.write_bytes(b"not this one")
+    Teacher(DistillationConfig(teacher=str(copy)), student(demo_arguments).schema, CPU, tracking_uri="")
