@@ -48,8 +48,8 @@ class RunOptions:
     """Steps that the whole training will take, for the progress bar."""
     config: str
     """The composed config as YAML; saved with every checkpoint."""
-    data_fingerprint: str
-    """Of the training data: a checkpoint's position means nothing in other data."""
+    fingerprints: Mapping[str, str]
+    """Of the training data, and of the teacher's checkpoint: a training that goes on must go on with the same."""
 
 
 class TrainingRun:
@@ -148,7 +148,7 @@ class TrainingRun:
         self._check_finite(progress)
         self.journal.sync()
         tensors = {**self._state(), **random_tensors(), **{f"run.{name}": sums.cpu() for name, sums in self._sums.items()}}
-        record = {**dataclasses.asdict(progress), "data_fingerprint": self._options.data_fingerprint}
+        record = {**dataclasses.asdict(progress), "fingerprints": dict(self._options.fingerprints)}
         documents = {PROGRESS: json.dumps(record, indent=2), CONFIG: self._options.config}
         save_checkpoint(folder, progress.step, tensors, documents, keep)
 
@@ -180,12 +180,11 @@ class TrainingRun:
     def _load(self, checkpoint: Path) -> Progress:
         self._check(checkpoint, (checkpoint / CONFIG).read_text())
         record = json.loads((checkpoint / PROGRESS).read_text())
-        if (found := record.pop("data_fingerprint")) != self._options.data_fingerprint:
+        found, now = record.pop("fingerprints"), self._options.fingerprints
+        for what in (what for what in {**found, **now} if found.get(what) != now.get(what)):
             fix = "put the files back as they were, or start over with another output"
-            place = f"{checkpoint}, training data"
-            raise CheckpointError(
-                place, expected=f"the files it was trained on ({found})", received=self._options.data_fingerprint, fix=fix
-            )
+            expected = f"the files it was trained with ({found.get(what)})"
+            raise CheckpointError(f"{checkpoint}, {what}", expected=expected, received=now.get(what), fix=fix)
         random, sums = random_tensors(), {f"run.{name}": sums.cpu() for name, sums in self._sums.items()}
         load_tensors(checkpoint, {**self._state(), **random, **sums})
         set_random_tensors(random)

@@ -126,4 +126,5 @@ def example_batch(schema: Schema, num_rows: int = 2) -> Batch:
     no_ids, no_lengths = torch.zeros(0, dtype=torch.int64), torch.zeros(len(keys) * num_rows, dtype=torch.int32)
     sparse = SparseFeatures(keys, no_ids, no_lengths, (0,) * len(keys), weights)
     targets = torch.zeros(num_rows, len(schema.tasks))
-    return Batch(sparse, torch.zeros(num_rows, schema.num_dense), targets, targets)
+    requests, teacher = torch.zeros(num_rows, dtype=torch.int64), torch.full_like(targets, torch.nan)
+    return Batch(sparse, torch.zeros(num_rows, schema.num_dense), targets, targets, requests=requests, teacher=teacher)

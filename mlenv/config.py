@@ -714,7 +714,9 @@ def _monitor_problems(config: ExperimentConfig) -> Iterator[MlenvError]:
         )
     if metric not in MONITORS:
         expected = f"TASK/METRIC with one of {sorted(MONITORS)}"
-        yield ConfigError("loop.monitor", expected=expected, received=loop.monitor, fix=nearest(metric, MONITORS))
+        yield ConfigError(
+            "loop.monitor", expected=expected, received=loop.monitor, fix=nearest(loop.monitor, [f"{task}/{name}" for name in MONITORS])
+        )
     if metric == "grouped_auc" and not config.schema.request:
         fix = "name the column of the request in schema.request, or monitor auc"
         yield ConfigError("loop.monitor", expected="a metric that needs no schema.request", received=loop.monitor, fix=fix)

@@ -31,7 +31,7 @@ def check_data(config: ExperimentConfig) -> None:
 
 
 def check_parts(config: ExperimentConfig) -> None:
-    """Builds the model over tables of one row each, gives it rows without features, builds what it is measured by, drops all.
+    """Builds the model over tables of one row each and what it is measured by, runs both over rows without features, drops all.
 
     Raises:
         ConfigError: the model does not fit the schema, parts of it do not fit each other, or the teacher does not fit either.
@@ -48,4 +48,5 @@ def check_parts(config: ExperimentConfig) -> None:
     with torch.no_grad():
         check_logits(model.eval()(probe), probe)
     teach = teacher_of(config.objective.distillation, schema, torch.device("cpu"), config.tracking.uri)
-    Objective(config.objective, schema.tasks, model, teach=teach, probe=probe)
+    objective = Objective(config.objective, schema.tasks, model, teach=teach, probe=probe)
+    objective.backward(objective(model.train()(probe), probe), torch.Tensor.backward)

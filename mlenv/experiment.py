@@ -31,8 +31,9 @@ from mlenv.loops.train_step import EagerStep
 from mlenv.loops.training_run import BEST_FOLDER, CHECKPOINT_FOLDER, CONFIG, RunOptions, TrainingRun
 from mlenv.loops.training_state import model_tensors, optimizer_tensors, parameter_names
 from mlenv.modules import ENGINES, NumericNormalization, Objective, gate_gauges
+from mlenv.modules.distillation import Teach
 from mlenv.schema import Schema
-from mlenv.teacher import teacher_of
+from mlenv.teacher import Teacher, teacher_of
 from mlenv.tracking import MlflowTracker, run_tags
 
 logger = logging.getLogger(__name__)
@@ -95,15 +96,19 @@ class Experiment:
         return model
 
     @cached_property
+    def teach(self) -> Teach | None:
+        """The teacher, loaded; None without one."""
+        return teacher_of(self.config.objective.distillation, self.schema, self.fabric.device, self.config.tracking.uri)
+
+    @cached_property
     def objective(self) -> Objective:
         """What the training lowers; its teacher, if it has one, is loaded with it."""
         config, device = self.config.objective, self.fabric.device
-        teach = teacher_of(config.distillation, self.schema, device, self.config.tracking.uri)
         probe = example_batch(self.schema).to(device)
         model, tasks = self.model, self.schema.tasks
         with torch.random.fork_rng():  # dropout goes on with the same numbers, whatever the objective draws
             torch.manual_seed(self.config.seed)
-            return Objective(config, tasks, model, teach=teach, num_steps=self.total_steps, probe=probe).to(device)
+            return Objective(config, tasks, model, teach=self.teach, num_steps=self.total_steps, probe=probe).to(device)
 
     @cached_property
     def step(self) -> EagerStep:
@@ -144,7 +149,7 @@ class Experiment:
             monitor=loop.monitor,
             total_steps=self.total_steps,
             config=to_yaml(self.config),
-            data_fingerprint=source.fingerprint,
+            fingerprints={"training data": source.fingerprint, **self._teacher_fingerprint},
         )
         return TrainingRun(
             self.output,
@@ -207,6 +212,10 @@ class Experiment:
             self._tracker.log_artifact(path, folder)
 
     @property
+    def _teacher_fingerprint(self) -> dict[str, str]:
+        return {"teacher": self.teach.fingerprint} if isinstance(self.teach, Teacher) else {}
+
+    @property
     def _extras(self) -> tuple[Extra, ...]:
         """What the objective reads of the training rows beside features and labels."""
         objective = self.config.objective
@@ -221,6 +230,8 @@ class Experiment:
         prints |= {f"{split} data fingerprint": source.fingerprint for split, source in self._sources.items()}
         prints |= {f"{split} data passed over": "; ".join(source.skipped) for split, source in self._sources.items() if source.skipped}
         prints |= {f"{split} data findings": "; ".join(source.findings) for split, source in self._sources.items() if source.findings}
+        if "teach" in self.__dict__:
+            prints |= {f"{name} fingerprint": text for name, text in self._teacher_fingerprint.items()}
         return {**windows, **prints, "device": str(self.fabric.device), **run_tags()}
 
     @property
@@ -322,8 +333,9 @@ class Experiment:
         saved = _plain(text)
         self._check_schema(checkpoint, saved)
         before, now = _flat(saved), _flat(to_plain(self.config))
-        loop = self.config.loop
-        may_change = _MAY_CHANGE + (() if loop.learning_rate_decay == "linear" else _LENGTH) + (() if loop.monitor else _VALIDATION)
+        loop, taught = self.config.loop, self.config.objective.distillation
+        follows_length = loop.learning_rate_decay == "linear" or (taught is not None and taught.final_weight is not None)
+        may_change = _MAY_CHANGE + (() if follows_length else _LENGTH) + (() if loop.monitor else _VALIDATION)
         changed = [
             f"{key}: {before.get(key)!r} became {now.get(key)!r}"
             for key in {**before, **now}

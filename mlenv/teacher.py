@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from omegaconf import OmegaConf
-from torch import Tensor
+from torch import Tensor, nn
 
 from mlenv.batch import Batch, SparseFeatures
 from mlenv.composition import from_plain
-from mlenv.config import DistillationConfig, ExperimentConfig
+from mlenv.config import MODELS, DistillationConfig, EmbeddingsConfig, ModelConfig
 from mlenv.errors import ConfigError
-from mlenv.loops.calibration import CALIBRATORS_FILE, Calibrator, calibrators_from_json, predictions_from
+from mlenv.kinds import kind_field
+from mlenv.loops.calibration import CALIBRATORS_FILE, Calibrator, calibrators_from_json
 from mlenv.loops.checkpoint import MANIFEST, list_checkpoints, load_tensors, read_document, verify
 from mlenv.loops.training_run import BEST_FOLDER, CHECKPOINT_FOLDER, CONFIG
 from mlenv.loops.training_state import model_tensors
 from mlenv.mlflow_outbox import absolute_uri
 from mlenv.modules import TorchEmbeddings
 from mlenv.modules.distillation import Taught, Teach
-from mlenv.modules.shared_input import WatchedInput, find_part
+from mlenv.modules.shared_input import WatchedInput
 from mlenv.schema import Schema, Table
 
 KEY = "objective.distillation.teacher"
@@ -43,7 +45,9 @@ class Teacher:
     def __init__(self, config: DistillationConfig, schema: Schema, device: torch.device, *, tracking_uri: str) -> None:
         checkpoint = _find(config.teacher, tracking_uri)
         verify(checkpoint)
-        taught: ExperimentConfig = from_plain(_plain(checkpoint), ExperimentConfig, str(checkpoint / CONFIG))
+        self.fingerprint = xxhash.xxh3_128((checkpoint / MANIFEST).read_bytes()).hexdigest()[:12]
+        """Of the checkpoint; a student that goes on must have the same teacher."""
+        taught = _read_config(checkpoint)
         _check_same_reading(taught.schema, schema, config.teacher)
         with torch.random.fork_rng(devices=[]):
             model = taught.model.build(taught.schema, TorchEmbeddings(taught.schema, taught.embeddings, seed=0))
@@ -52,11 +56,13 @@ class Teacher:
         self._autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16-mixed")
         self._hidden = None
         if config.hidden is not None:
-            part = find_part(model, config.hidden.teacher_part, "objective.distillation.hidden.teacher_part")
-            self._hidden = WatchedInput(part)
-        self._calibrators = _calibrators(checkpoint, taught) if config.calibrated else {}
+            self._hidden = WatchedInput(model, config.hidden.teacher_part, "objective.distillation.hidden.teacher_part")
+        self._calibrators: dict[int, nn.Module] = {}
+        """Of the columns of its logits that are calibrated."""
+        if config.calibrated:
+            calibrators = _calibrators(checkpoint)
+            self._calibrators = {taught.schema.tasks.index(task): one.module.to(device) for task, one in calibrators.items()}
         self._view = _View(schema, taught.schema, device)
-        self._teacher_tasks = taught.schema.tasks
         tasks = [taught.schema.tasks.index(task) if task in taught.schema.tasks else -1 for task in schema.tasks]
         self._tasks = torch.tensor(tasks, device=device)
 
@@ -68,8 +74,8 @@ class Teacher:
         """
         with self._autocast:
             found = self._model(self._view.of(batch)).float()
-        if self._calibrators:
-            found = torch.logit(predictions_from(found, None, self._teacher_tasks, self._calibrators)).to(found.device)
+        for column, calibrator in self._calibrators.items():
+            found[:, column] = torch.logit(calibrator(found[:, column]))
         nothing = found.new_full((len(found), 1), torch.nan)
         logits = torch.cat([found, nothing], dim=1)[:, self._tasks]
         return Taught(logits, None if self._hidden is None else self._hidden.take())
@@ -124,10 +130,27 @@ def _chosen(sparse: SparseFeatures, keys: list[int]) -> SparseFeatures:
     )
 
 
-def _calibrators(checkpoint: Path, taught: ExperimentConfig) -> dict[str, Calibrator]:
+@dataclass(frozen=True, kw_only=True)
+class _TaughtConfig:
+    """What is read of a teacher's config: a class of its own for anything else need not be there any more."""
+
+    schema: Schema
+    model: ModelConfig = kind_field(MODELS)
+    embeddings: EmbeddingsConfig = EmbeddingsConfig()
+
+
+def _read_config(checkpoint: Path) -> _TaughtConfig:
+    plain = OmegaConf.to_container(OmegaConf.load(checkpoint / CONFIG))
+    assert isinstance(plain, dict)
+    parts: dict[str, Any] = {name: plain[name] for name in ("schema", "model", "embeddings") if name in plain}
+    config: _TaughtConfig = from_plain(parts, _TaughtConfig, str(checkpoint / CONFIG))
+    return config
+
+
+def _calibrators(checkpoint: Path) -> dict[str, Calibrator]:
     """The teacher's calibrators, all of which must do with its logits: training rows carry no segments."""
     text = read_document(checkpoint, CALIBRATORS_FILE)
-    found = {} if text is None else calibrators_from_json(text, taught.calibration, f"{checkpoint}, {CALIBRATORS_FILE}")
+    found = {} if text is None else calibrators_from_json(text, {}, f"{checkpoint}, {CALIBRATORS_FILE}")
     by_segment = [task for task, calibrator in found.items() if calibrator.segments]
     if by_segment or not found:
         received = f"{checkpoint}: {f'{by_segment} are calibrated by segment' if by_segment else 'no calibrator'}"
@@ -174,12 +197,6 @@ def _find(teacher: str, tracking_uri: str) -> Path:
         fix = "name the output folder of a training, one of its checkpoints, or a model that MLflow keeps"
         raise ConfigError(KEY, expected="a checkpoint", received=teacher, fix=fix)
     return checkpoints[-1]
-
-
-def _plain(checkpoint: Path) -> dict[str, Any]:
-    plain = OmegaConf.to_container(OmegaConf.load(checkpoint / CONFIG))
-    assert isinstance(plain, dict)
-    return plain  # type: ignore[return-value]
 
 
 def _download(uri: str, tracking_uri: str) -> Path:

@@ -115,7 +115,8 @@ def _calibration_facts(experiment: Experiment) -> dict[str, str]:
 
 
 def _journal_once(journal: Journal, step: int, evaluation: Evaluation) -> None:
-    """Adds the test metrics, unless a training that was already complete is only run again."""
+    """Adds the test metrics, unless a training that was already complete is only run again and measures the same."""
     values = {f"test/{name}": value for name, value in evaluation.metrics.items()}
-    if not any(values.keys() <= line.keys() for line in journal.read()):
+    measured = [line for line in journal.read() if values.keys() <= line.keys()]
+    if not measured or measured[-1]["step"] != step or any(repr(measured[-1][name]) != repr(value) for name, value in values.items()):
         journal.append(step, values)

@@ -11,10 +11,9 @@ from torch.nn import functional
 
 from mlenv.batch import Batch
 from mlenv.config import DistillationConfig, HiddenDistillationConfig
-from mlenv.errors import placed_under
 from mlenv.modules.losses import weighted_mean
 from mlenv.modules.request_losses import number_requests, request_pairs
-from mlenv.modules.shared_input import WatchedInput, find_part
+from mlenv.modules.shared_input import WatchedInput
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,8 @@ class Distillation(nn.Module):
     """Adds to each task's loss how far the student is from the teacher, with a weight that may follow the steps.
 
     A row counts for a task with the weight that its label has (with ``unlabeled_rows``, 1 where that is 0), and not at all
-    where the teacher has no prediction. The distance of the inner layers, which belongs to no task, is shared out among them evenly.
+    where the teacher has no prediction. The distance of the inner layers, which belongs to no task, is shared out among
+    them evenly. What the teacher adds to a task is multiplied by the task's weights, as its own loss is.
 
     Source: Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network", arXiv:1503.02531, section 2.
     """
@@ -59,8 +59,7 @@ class Distillation(nn.Module):
         super().__init__()
         self._config, self._teach, self._num_steps = config, teach, num_steps
         self._distance = pairwise_divergence if config.loss == "pairwise" else soft_label_divergence
-        with placed_under("hidden"):
-            self.hidden = None if config.hidden is None else HiddenDistillation(config.hidden, model, teach, probe)
+        self.hidden = None if config.hidden is None else HiddenDistillation(config.hidden, model, teach, probe)
         self.terms = tuple(f"{task}/distillation" for task in tasks) + (("hidden_distillation",) if self.hidden is not None else ())
         """Names of what is shown."""
         self.register_buffer("steps_done", torch.zeros((), dtype=torch.int64))
@@ -105,7 +104,7 @@ class HiddenDistillation(nn.Module):
     def __init__(self, config: HiddenDistillationConfig, student: nn.Module, teach: Teach, probe: Batch) -> None:
         super().__init__()
         self.weight = config.weight
-        self._watched = WatchedInput(find_part(student, config.student_part, "student_part"))
+        self._watched = WatchedInput(student, config.student_part, "objective.distillation.hidden.student_part")
         was_training = student.training
         with torch.no_grad():
             student.eval()(probe)

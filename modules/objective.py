@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from mlenv.batch import Batch
 from mlenv.config import LossConfig, ObjectiveConfig
-from mlenv.errors import placed_under
 from mlenv.modules.distillation import Distillation, Teach
 from mlenv.modules.pointwise_losses import BinaryCrossEntropyConfig
 from mlenv.modules.task_balance import SummedLosses
@@ -58,25 +57,28 @@ class Objective(nn.Module):
         probe: Batch | None = None,
     ) -> None:
         super().__init__()
-        columns: dict[LossConfig, list[int]] = {}
+        groups: list[tuple[LossConfig, list[int]]] = []
         for place, task in enumerate(tasks):
-            columns.setdefault(config.losses.get(task, BinaryCrossEntropyConfig()), []).append(place)
+            loss: LossConfig = config.losses.get(task, BinaryCrossEntropyConfig())
+            same = next((places for other, places in groups if other == loss), None)
+            if same is None:
+                groups.append((loss, [place]))
+            else:
+                same.append(place)
         # Tasks with the same loss are computed together. Where they lie is on the device: no step waits to send it there.
-        self._counts = [len(places) for places in columns.values()]
-        places = torch.tensor([place for group in columns.values() for place in group])
-        self.register_buffer("columns", places, persistent=False)
-        self.register_buffer("order", places.argsort(), persistent=False)
-        self.losses = nn.ModuleList(loss.build() for loss in columns)
+        self._counts = [len(places) for _, places in groups]
+        columns = torch.tensor([place for _, places in groups for place in places])
+        self.register_buffer("columns", columns, persistent=False)
+        self.register_buffer("order", columns.argsort(), persistent=False)
+        self.losses = nn.ModuleList(loss.build() for loss, _ in groups)
         self.register_buffer("task_weights", torch.tensor([config.task_weights.get(task, 1.0) for task in tasks]), persistent=False)
-        with placed_under("objective.balance"):
-            self.balance = SummedLosses() if config.balance is None else config.balance.build(len(tasks), model)
+        self.balance = SummedLosses() if config.balance is None else config.balance.build(len(tasks), model)
         # After the balance: where that cuts the graph, the teacher has to be compared with what lies above the cut.
         self.distillation: Distillation | None = None
         if config.distillation is not None:
             assert teach is not None, "a distillation needs a teacher"
             assert probe is not None, "a distillation needs a probe"
-            with placed_under("objective.distillation"):
-                self.distillation = Distillation(config.distillation, tasks, model, teach, num_steps, probe)
+            self.distillation = Distillation(config.distillation, tasks, model, teach, num_steps, probe)
         self._tasks = tuple(tasks)
         self.terms = tuple(f"{task}/loss" for task in tasks) + (self.distillation.terms if self.distillation is not None else ())
         """Names of what is shown."""

@@ -9,36 +9,32 @@ from torch import Tensor, nn
 
 from mlenv.errors import ConfigError, nearest
 
-
-def find_part(model: nn.Module, name: str, key: str) -> nn.Module:
-    """A submodule by its name in the model, also where the model is wrapped for several processes.
-
-    Raises:
-        ConfigError: at ``key``, when the model has no such part.
-    """
-    part: nn.Module
-    for path, part in model.named_modules():
-        if path == name or path.endswith(f"module.{name}"):
-            return part
-    known = [path for path, _ in model.named_children()]
-    raise ConfigError(key, expected="the name of a part of the model", received=name, fix=nearest(name, known))
+_WRAPPERS = ("", "module.", "_dmp_wrapped_module.")
+"""Before the names of a model's parts where it is wrapped for several processes."""
 
 
 class WatchedInput:
-    """Remembers what a part of a model last read: the last layer that all of its tasks share, say."""
+    """Remembers what a part of a model last read: the last layer that all of its tasks share, say.
 
-    def __init__(self, part: nn.Module) -> None:
+    Raises:
+        ConfigError: at ``key``, when the model has no part of this name, or the part reads something else than one
+            ``(batch, dim)`` tensor, which the first forward pass shows.
+    """
+
+    def __init__(self, model: nn.Module, name: str, key: str) -> None:
+        self._name, self._key = name, key
         self._value: Tensor | None = None
-        part.register_forward_pre_hook(self._remember)
+        _find(model, name, key).register_forward_pre_hook(self._remember)
 
     def take(self) -> Tensor:
         """The tensor of the last forward pass, ``(batch, dim)``; it is forgotten here, so that nothing keeps its graph."""
-        assert self._value is not None, "the part has read nothing since it was asked"
+        if self._value is None:
+            raise ConfigError(self._key, expected="a part that a forward pass of the model calls", received=self._name)
         value, self._value = self._value, None
         return value
 
     def _remember(self, part: nn.Module, inputs: tuple[Any, ...]) -> None:
-        self._value = inputs[0]
+        self._value = _matrix(inputs, self._name, self._key)
 
 
 class CutInput:
@@ -48,12 +44,18 @@ class CutInput:
     parameters, which it bounds and is far cheaper than: Sener and Koltun, "Multi-Task Learning as Multi-Objective
     Optimization", NeurIPS 2018, arXiv:1810.04650, section 3.3. The part below the cut runs backward once, however many
     tasks there are, so that embedding tables that update themselves during it do so once.
+
+    Raises:
+        ConfigError: as of ``WatchedInput``; or the losses also reach what the part reads by another way, which the first
+            backward pass shows.
     """
 
-    def __init__(self, part: nn.Module) -> None:
+    def __init__(self, model: nn.Module, name: str, key: str) -> None:
+        self._name, self._key = name, key
         self._below: Tensor | None = None
         self._above: Tensor | None = None
-        part.register_forward_pre_hook(self._cut)
+        self._is_checked = False
+        _find(model, name, key).register_forward_pre_hook(self._cut)
 
     def gradients(self, losses: Tensor, backward: Any) -> Tensor:
         """Runs each loss backward to the cut; parameters above it gather the gradients of all of them.
@@ -65,7 +67,9 @@ class CutInput:
         Returns:
             ``(tasks, batch, dim)``.
         """
-        assert self._above is not None, "the part has read nothing since it was asked"
+        if self._above is None:
+            raise ConfigError(self._key, expected="a part that a forward pass of the model calls", received=self._name)
+        self._check_no_way_around(losses)
         gradients = []
         for task, loss in enumerate(losses.unbind()):
             backward(loss, retain_graph=task + 1 < len(losses))
@@ -80,9 +84,35 @@ class CutInput:
             torch.autograd.backward(self._below, gradient)
         self._below = self._above = None
 
+    def _check_no_way_around(self, losses: Tensor) -> None:
+        """In the first step only: what goes around the cut would run backward once per task."""
+        if self._is_checked or self._below is None or not self._below.requires_grad:
+            return
+        self._is_checked = True
+        if torch.autograd.grad(losses.sum(), self._below, retain_graph=True, allow_unused=True)[0] is not None:
+            fix = "name the part where the tasks part, 'experts' of a ranker"
+            raise ConfigError(self._key, expected="a part that nothing which it reads goes around", received=self._name, fix=fix)
+
     def _cut(self, part: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if not (part.training and torch.is_grad_enabled()):
             return None
-        self._below = inputs[0]
-        self._above = inputs[0].detach().requires_grad_()
+        self._below = _matrix(inputs, self._name, self._key)
+        self._above = self._below.detach().requires_grad_()
         return (self._above, *inputs[1:])
+
+
+def _find(model: nn.Module, name: str, key: str) -> nn.Module:
+    parts: dict[str, nn.Module] = dict(model.named_modules())
+    for wrapper in _WRAPPERS:
+        if name and wrapper + name in parts:
+            return parts[wrapper + name]
+    fix = nearest(name, [path for path, _ in model.named_children()])
+    raise ConfigError(key, expected="the name of a part of the model", received=name, fix=fix)
+
+
+def _matrix(inputs: tuple[Any, ...], name: str, key: str) -> Tensor:
+    first = inputs[0] if inputs else None
+    if isinstance(first, Tensor) and first.is_floating_point() and first.ndim == 2:
+        return first
+    received = f"{name}, which reads {type(first).__name__}"
+    raise ConfigError(key, expected="a part of the model that reads one (batch, dim) tensor", received=received)

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from mlenv.errors import check_above, check_at_least
-from mlenv.modules.shared_input import CutInput, find_part
+from mlenv.modules.shared_input import CutInput
+
+_PART = "objective.balance.part"
 
 Backward = Callable[..., Any]
 """Runs a scalar backward; takes ``retain_graph``."""
@@ -41,7 +43,8 @@ class UncertaintyConfig:
 class UncertaintyWeights(nn.Module):
     """Learns how noisy each task is, and weighs it by that: ``sum of exp(-s[k]) * loss[k] + s[k] / 2``.
 
-    ``s[k]`` is the logarithm of the variance of task k, 0 at the start, which gives every task the weight 1.
+    ``s[k]`` is the logarithm of the variance of task k, 0 at the start, which gives every task the weight 1. A task without
+    an example in the batch is left out of both sums, so that its variance does not shrink meanwhile.
 
     Source: Kendall, Gal and Cipolla, "Multi-Task Learning Using Uncertainty to Weigh Losses for Scene Geometry and
     Semantics", CVPR 2018, arXiv:1705.07115, section 3.2, in its form for classification.
@@ -57,7 +60,8 @@ class UncertaintyWeights(nn.Module):
             losses: ``(tasks,)``.
             backward: runs a scalar backward.
         """
-        backward((losses * (-self.log_variances).exp() + 0.5 * self.log_variances).sum())
+        is_present = losses.detach() > 0
+        backward((losses * (-self.log_variances).exp() + 0.5 * self.log_variances * is_present).sum())
 
     def weights(self) -> Tensor:
         """Weight of each task, ``(tasks,)``."""
@@ -78,7 +82,7 @@ class GradNormConfig:
         check_above("learning_rate", self.learning_rate, 0)
 
     def build(self, num_tasks: int, model: nn.Module) -> GradNorm:
-        return GradNorm(self, num_tasks, CutInput(find_part(model, self.part, "part")))
+        return GradNorm(self, num_tasks, CutInput(model, self.part, _PART))
 
 
 class GradNorm(nn.Module):
@@ -135,7 +139,7 @@ class PCGradConfig:
     """Part of the model whose input all tasks share."""
 
     def build(self, num_tasks: int, model: nn.Module) -> PCGrad:
-        return PCGrad(CutInput(find_part(model, self.part, "part")))
+        return PCGrad(CutInput(model, self.part, _PART))
 
 
 class PCGrad(nn.Module):
@@ -174,7 +178,7 @@ def without_conflicts(gradients: Tensor) -> Tensor:
     Returns:
         the shape of one task's gradient.
     """
-    flat = gradients.flatten(1)
+    flat = gradients.flatten(1).to(torch.promote_types(gradients.dtype, torch.float32))
     squares = flat.square().sum(1).clamp(min=1e-30)
     total = torch.zeros_like(flat[0])
     for task in range(len(flat)):
@@ -182,4 +186,4 @@ def without_conflicts(gradients: Tensor) -> Tensor:
         for other in (other for other in torch.randperm(len(flat)).tolist() if other != task):
             gradient = gradient - (gradient @ flat[other]).clamp(max=0) / squares[other] * flat[other]
         total = total + gradient
-    return total.view(gradients.shape[1:])
+    return total.view(gradients.shape[1:]).to(gradients.dtype)

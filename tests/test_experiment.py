@@ -338,7 +338,7 @@ def test_other_data_are_refused(demo_arguments, tmp_path, ads):
         (moved / day).mkdir(parents=True)
         table = pq.read_table(ads / day / "part-00000.parquet")
         pq.write_table(table if day != "date=2026-01-02" else table.slice(1), moved / day / "part-00000.parquet")
-    with pytest.raises(CheckpointError, match="training data: expected the files it was trained on"):
+    with pytest.raises(CheckpointError, match="training data: expected the files it was trained with"):
         train(config(demo_arguments(f"data.path={moved}")))
 
 

@@ -13,7 +13,7 @@ from mlenv.loops.training_run import RunOptions, TrainingRun
 
 def run_of(folder, values, monitor="click/auc"):
     options = RunOptions(
-        terms=("click/loss",), log_every_steps=1, keep_checkpoints=2, monitor=monitor, total_steps=10, config="a: 1", data_fingerprint="x"
+        terms=("click/loss",), log_every_steps=1, keep_checkpoints=2, monitor=monitor, total_steps=10, config="a: 1", fingerprints={}
     )
     values = iter(values)
     run = TrainingRun(

@@ -160,3 +160,43 @@ def test_a_training_balances_its_tasks_and_continues_to_the_bit(demo_arguments, 
 
 def _split(arguments):
     return arguments[0], arguments[1:]
+
+
+class Around(nn.Module):
+    """Parts that cannot be cut."""
+
+    def __init__(self):
+        super().__init__()
+        self.bottom, self.deep, self.pair = nn.Linear(3, 4), nn.Linear(4, 2), nn.Bilinear(4, 4, 2)
+        self.unused, self.listed = nn.Linear(2, 2), Listed()
+
+    def forward(self, inputs):
+        hidden = self.bottom(inputs)
+        return self.deep(hidden) + self.pair(hidden, hidden) + self.listed([hidden])
+
+
+class Listed(nn.Module):
+    def forward(self, tensors):
+        return tensors[0].sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ("deep", "expected a part that nothing which it reads goes around"),
+        ("listed", "expected a part of the model that reads one .* tensor. Received: 'listed, which reads list'"),
+        ("unused", "expected a part that a forward pass of the model calls"),
+    ],
+)
+def test_a_part_that_cannot_be_cut_is_refused(part, message):
+    torch.manual_seed(0)
+    model = Around()
+    balance = PCGradConfig(part=part).build(TASKS, model)
+    with pytest.raises(ConfigError, match=rf"objective\.balance\.part: {message}"):
+        balance.backward(model(torch.randn(5, 3)).square().mean(0), backward)
+
+
+def test_uncertainty_leaves_a_task_without_examples_alone():
+    balance = UncertaintyConfig().build(TASKS, nn.Identity())
+    balance.backward(torch.tensor([1.0, 0.0], requires_grad=True), backward)
+    assert balance.log_variances.grad.tolist() == [-0.5, 0.0]
