@@ -139,8 +139,8 @@ class ParquetSource:
 
     @property
     def column_names(self) -> frozenset[str]:
-        """Columns that every file has, those of the names of folders included."""
-        return frozenset.intersection(*(frozenset(self._columns(file, footer).names) for file, footer in self._footers.items()))
+        """Columns that every file has after the transforms, those of the names of folders included."""
+        return frozenset.intersection(*(frozenset(columns.names) for columns in self._columns_by_file.values()))
 
     @property
     def fingerprint(self) -> str:
@@ -369,11 +369,12 @@ class ParquetSource:
             if isinstance(failed, DataError):
                 self._pass_over(file, failed)
         footers = {file: footer for file, footer in read.items() if not isinstance(footer, DataError)}
-        columns, problems = self._transformed_columns(footers)
-        problems += [problem for file, types in columns.items() for problem in check_columns(types, self.schema, file, extras=self._extras)]
+        self._columns_by_file, problems = self._transformed_columns(footers)
+        for file, columns in self._columns_by_file.items():
+            problems += check_columns(columns, self.schema, file, extras=self._extras)
         if problems:
             raise Problems(f"data under {self._root}", problems)
-        self._extra_types = self._common_types(columns)
+        self._extra_types = self._common_types()
         return footers
 
     def _transformed_columns(self, footers: dict[str, pq.FileMetaData]) -> tuple[dict[str, pa.Schema], list[MlenvError]]:
@@ -409,7 +410,7 @@ class ParquetSource:
             fix = "write the days, name them in skip_dates of the window, or set data.allow_missing_days to true"
             raise DataError(self._root, expected=f"rows on every day of {self._window}", received=received, fix=fix)
 
-    def _common_types(self, columns_by_file: dict[str, pa.Schema]) -> dict[str, pa.DataType]:
+    def _common_types(self) -> dict[str, pa.DataType]:
         """One type for each column of the extras over all files.
 
         Raises:
@@ -417,7 +418,7 @@ class ParquetSource:
         """
         common: dict[str, pa.DataType] = {}
         names = extra_columns(self.schema, self._extras)
-        for file, columns in columns_by_file.items():
+        for file, columns in self._columns_by_file.items():
             for name in names:
                 found = columns.field(name).type
                 found = found.value_type if pa.types.is_dictionary(found) else found

@@ -91,6 +91,7 @@ class _RowTransform(Protocol):
         """The columns after it, given those before; raises ConfigError when it cannot use them."""
 
 
+@runtime_checkable
 class TransformConfig(_RowTransform, Protocol):
     """Turns the rows of a row group into others before the schema reads them. A row's fate and its values hang on the row alone,
     so that they are the same on any number of workers and after a resume."""
@@ -661,11 +662,19 @@ def _waiting_problems(data: DataConfig) -> Iterator[MlenvError]:
             yield ConfigError(f"data.{name}", expected=expected, received=str(window), fix=fix)
 
 
+def _is_transform(value: object) -> bool:
+    return isinstance(value, (TransformConfig, WindowTransformConfig))
+
+
 def _transform_problems(config: ExperimentConfig) -> Iterator[MlenvError]:
     """Samplers without a key, samplers that would draw the same, and sampling that is corrected twice."""
     drawn: dict[tuple[str, int], int] = {}
     for place, transform in enumerate(config.data.transforms):
         kind, key = kind_of(transform, TRANSFORMS), f"data.transforms[{place}]"
+        if not _is_transform(transform):
+            expected = "a class with the members of mlenv.config.TransformConfig, or of WindowTransformConfig"
+            yield ConfigError(f"{key}.kind", expected=expected, received=kind)
+            continue
         if transform.sampling_seed is not None:
             if not config.schema.row_key:
                 fix = "name the columns that identify a row"

@@ -188,7 +188,7 @@ def _missing_days(days: Sequence[str], span: WindowConfig) -> list[str]:
         return []
     first, last = datetime.date.fromisoformat(min(known)), datetime.date.fromisoformat(max(known))
     every = (first + datetime.timedelta(days=number) for number in range((last - first).days + 1))
-    return [day.isoformat() for day in every if day.isoformat() not in days]
+    return [day.isoformat() for day in every if day.isoformat() not in days and span.holds(day.isoformat())]
 
 
 def _is_day(text: str) -> bool:

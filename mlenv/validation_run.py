@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -55,7 +56,8 @@ def validate(config: ExperimentConfig, *, window: Window | None = None, baseline
 
 def _window_statistics(config: ExperimentConfig, window: str) -> Statistics:
     extras: tuple[Extra, ...] = ("metadata",)
-    return window_statistics(ParquetSource(config.data, _span(config, window), config.schema, extras=extras))
+    data = replace(config.data, allow_missing_days=True)  # a missing day is a finding here
+    return window_statistics(ParquetSource(data, _span(config, window), config.schema, extras=extras))
 
 
 def _span(config: ExperimentConfig, window: str) -> WindowConfig:

@@ -316,6 +316,7 @@ def test_a_checkpoint_of_something_else_is_refused(demo_arguments, tmp_path, ads
         "optimizer.learning_rate=0.5": "optimizer.learning_rate: 0.002 became 0.5",
         "model.deep.hidden=[8]": "model.deep.hidden: [128, 64] became [8]",
         "data.train.end=2026-01-01": "data.train.end: '2026-01-02' became '2026-01-01'",
+        "data.transforms=[{kind: clip, column: price, upper: 9}]": "data.transforms: [] became [{'kind': 'clip'",
     }
     for override, message in wrong.items():
         message = message.replace("added", "removed")
@@ -329,6 +330,29 @@ def test_a_checkpoint_of_something_else_is_refused(demo_arguments, tmp_path, ads
         Experiment(config(demo_arguments("schema.features.price=null"))) as experiment,
     ):
         experiment.load()
+
+
+SHAPED = (
+    "[{kind: filter, where: hour >= 3}, {kind: deduplicate, columns: [request_id, item_id]},"
+    " {kind: derive, column: price, sql: price * 2}, {kind: sample_negatives, negative: click = 0, rate: 0.5, weight_column: w}]"
+)
+
+
+def test_a_training_on_shaped_rows_goes_on_exactly_and_records_what_was_dropped(demo_arguments, tmp_path):
+    shaped = [f"data.transforms={SHAPED}", "schema.labels.click.weight=w", "loop.learning_rate_decay=none", "data.num_epochs=3"]
+    for output, limits in (("whole", [25]), ("stopped", [7, 25])):
+        for limit in limits:
+            result = train(config(demo_arguments(*shaped, f"loop.max_steps={limit}", output=output)))
+    one, other = final_state(tmp_path / "whole"), final_state(tmp_path / "stopped")
+    assert_same_tensors(one[1], other[1])
+    assert one[3] == other[3]
+    assert "data.transforms[1]: drops" in result.report.read_text()
+    with Experiment(config(demo_arguments(*shaped))) as experiment:
+        rows = pl.read_parquet(tmp_path / "whole" / "predictions" / "*.parquet")
+        assert set(rows["weight_click"]) == {1.0}
+        assert experiment.source("test").num_rows == len(rows)
+        batches = list(experiment.source("train").batches())
+    assert set(torch.cat([batch.weights[:, 0] for batch in batches]).tolist()) == {1.0, 2.0}
 
 
 def test_other_data_are_refused(demo_arguments, tmp_path, ads):

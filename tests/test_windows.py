@@ -115,6 +115,11 @@ def test_windows_given_after_all_take_the_place_of_lengths(composed):
 NEGATIVES = "{path: p, train: {}, transforms: [{kind: sample_negatives, negative: click = 0, rate: 0.1, weight_column: w}]}"
 
 
+def test_a_class_of_another_kind_is_no_transform(composed):
+    with pytest.raises(Problems, match=r"data\.transforms\[0\]\.kind: expected a class with the members of mlenv\.config\.TransformConfig"):
+        composed("{path: p, train: {}, transforms: [{kind: 'mlenv.config:LoopConfig'}]}")
+
+
 def test_a_sampler_needs_a_row_key(composed):
     with pytest.raises(Problems, match=r"schema\.row_key: expected columns, because data\.transforms\[0\] samples by it"):
         composed(NEGATIVES, schema=SCHEMA.replace("[key]", "[]"))

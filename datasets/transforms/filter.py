@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 import pyarrow as pa
 
 from mlenv.datasets.transforms.expressions import columns_of, evaluate, parse, require_boolean
+from mlenv.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,8 @@ class FilterConfig:
 
     def __post_init__(self) -> None:
         parse(self.where, "where")
+        if not columns_of(self.where):
+            raise ConfigError("where", expected="an expression that reads a column", received=self.where)
 
     @property
     def reads(self) -> tuple[str, ...]:

@@ -266,3 +266,9 @@ def test_no_more_is_passed_over_than_allowed(folder):
     reader = source(folder, data=SKIP | {"max_bad_row_groups": 2})
     assert reader.num_rows == DAYS * ROWS - GROUP
     assert len(reader.skipped) == 2
+
+
+def test_rows_can_be_counted_by_the_names_of_folders_alone(folder):
+    reader = source(folder, FilterConfig(where="date <> '2026-01-01'"))
+    assert reader.num_rows == 2 * ROWS
+    assert keys(reader.batches()) == [row["key"] for row in stored(folder) if row["key"] >= ROWS]
