@@ -1,4 +1,4 @@
-"""A generated set in the shape of the Criteo logs: 26 categorical features with zipf ids, 13 numeric ones, one label."""
+"""A generated set in the shape of the Criteo logs: 26 categorical features with zipf ids, 13 numeric ones, one label, a row key."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ def schema_of(num_embeddings: int) -> Schema:
         features={**{name: Categorical() for name in categorical}, **{f"I{number}": Numeric() for number in range(NUM_NUMERIC)}},
         tables={name: Table(num_embeddings=num_embeddings, embedding_dim=EMBEDDING_DIM) for name in categorical},
         labels={"click": Label()},
+        row_key=("row",),
     )
 
 
@@ -34,5 +35,6 @@ def write_set(folder: Path, num_rows: int, num_embeddings: int, row_group_rows: 
         ranks = np.minimum(generator.zipf(1.1, num_rows) - 1, 2**62) % num_embeddings
         columns[f"C{number}"] = generator.permutation(num_embeddings)[ranks]
     columns |= {f"I{number}": generator.normal(size=num_rows).astype(np.float32) for number in range(NUM_NUMERIC)}
+    columns["row"] = np.arange(num_rows)
     columns["click"] = (generator.random(num_rows) < 0.25).astype(np.int8)
     pq.write_table(pa.table(columns), folder / "part-00000.parquet", row_group_size=row_group_rows)

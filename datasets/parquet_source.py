@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from mlenv.batch import START, Batch, Extra, Position
 from mlenv.composition import to_plain
-from mlenv.config import TRANSFORMS, DataConfig, WindowConfig
+from mlenv.config import TRANSFORMS, DataConfig, WindowConfig, is_day
 from mlenv.datasets.columns import check_columns, extra_columns
 from mlenv.datasets.encoded_rows import EncodedRows, Integers, join, tell_apart, to_batch
 from mlenv.datasets.encoding import RowError, encode
@@ -399,7 +399,7 @@ class ParquetSource:
         Raises:
             DataError: a day of the window has no rows.
         """
-        days = self.days
+        days = [day for day in self.days if is_day(day)]
         if not days:
             return
         first, last = (datetime.date.fromisoformat(day) for day in (self._window.start or days[0], self._window.end or days[-1]))

@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from mlenv.config import DaysConfig, ExperimentConfig, check
-from mlenv.errors import ConfigError, MlenvError, PlacedError, Problems, nearest
+from mlenv.errors import ConfigError, MlenvError, PlacedError, Problems, nearest, placed_under
 from mlenv.kinds import KindTable, class_of, kind_of
 
 Node = dict[str, Any]
@@ -127,7 +127,8 @@ def _with_windows(plain: Node, title: str) -> Node:
     waiting = _value(int, rest.get("label_wait_days", 0), "data.label_wait_days", None, problems)
     if problems or days is None:
         raise Problems(title, problems)
-    return {**plain, "data": rest | {name: to_plain(window) for name, window in days.windows(waiting).items()}}
+    with placed_under("data.days"):
+        return {**plain, "data": rest | {name: to_plain(window) for name, window in days.windows(waiting).items()}}
 
 
 def _merge(base: Node, top: Node) -> Node:

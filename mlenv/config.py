@@ -218,7 +218,17 @@ class DaysConfig:
             check_at_least(name, getattr(self, name), least)
 
     def windows(self, label_wait_days: int = 0) -> dict[str, WindowConfig]:
-        """The windows by the names that they have under ``data``."""
+        """The windows by the names that they have under ``data``.
+
+        Raises:
+            ConfigError: they reach back beyond the first year.
+        """
+        try:
+            return self._windows(label_wait_days)
+        except OverflowError as error:
+            raise ConfigError("num_train_days", expected="days that the calendar has", received=self.num_train_days) from error
+
+    def _windows(self, label_wait_days: int) -> dict[str, WindowConfig]:
         last, windows = datetime.date.fromisoformat(self.end_date), {}
         for name, num_days in (("test", self.num_test_days), ("validation", self.num_validation_days), ("train", self.num_train_days)):
             days = list(islice(self._back_from(last), num_days))
@@ -655,7 +665,8 @@ def _waiting_problems(data: DataConfig) -> Iterator[MlenvError]:
     for name, window in (("train", data.train), ("validation", data.validation)):
         if window is None or not window.end or window.overlaps(data.test):
             continue
-        known = datetime.date.fromisoformat(window.end) + datetime.timedelta(days=data.label_wait_days)
+        latest = datetime.date.max.toordinal()
+        known = datetime.date.fromordinal(min(datetime.date.fromisoformat(window.end).toordinal() + data.label_wait_days, latest))
         if replace(window, end=known.isoformat()).overlaps(data.test):
             fix = "end it earlier, or let the test window begin later"
             expected = f"days before the test window ({data.test}) by more than label_wait_days, {data.label_wait_days}"

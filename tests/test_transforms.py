@@ -298,3 +298,10 @@ def test_values_of_a_dictionary_and_of_numbers_have_rates():
     for values in (pa.array([1, 2, None]), pa.array(["a", "b", None]), pa.array(["a", "b", None]).dictionary_encode()):
         rows = pa.RecordBatch.from_arrays([pa.array([0, 1, 2]), values], names=["key", "c"])
         assert run([SampleConfig(column="c", rates=rates)], rows)[1].tolist() == [1, 2]
+
+
+def test_a_column_may_be_made_of_nothing():
+    rows = batch([{"click": 1, "x": 1.0, "country": "NO", "tags": [1], "unused": "u"}] * 3)
+    out, kept = run([DeriveConfig(column="one", sql="1")], rows, wanted=["one", "unused"])
+    assert out.to_pydict() == {"one": [1, 1, 1], "unused": ["u"] * 3}
+    assert kept is None

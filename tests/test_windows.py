@@ -81,6 +81,14 @@ def range_of(window):
             "{path: p, train: {}, days: {end_date: 2026-03-02, num_train_days: 1, num_test_days: 1}}",
             r"data\.train: expected nothing beside data\.days.*set data\.train to null",
         ),
+        (
+            "{path: p, days: {end_date: 2026-03-02, num_train_days: 999999999, num_test_days: 1}}",
+            r"data\.days\.num_train_days: expected days that the calendar has",
+        ),
+        (
+            "{path: p, label_wait_days: 9999999999, train: {end: 2026-01-02}, test: {start: 2026-01-04}}",
+            r"data\.train: expected days before the test window",
+        ),
         ("{path: p, train: {skip_dates: [x]}}", r"data\.train\.skip_dates: expected a day as YYYY-MM-DD"),
         (
             "{path: p, label_wait_days: 2, train: {end: 2026-01-02}, test: {start: 2026-01-04}}",

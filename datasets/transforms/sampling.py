@@ -72,8 +72,10 @@ class SampleNegativesConfig:
     def writes(self) -> tuple[str, ...]:
         return _named(self.weight_column)
 
-    def held_out(self) -> SampleNegativesConfig:
-        return self if self.when == "always" else replace(self, rate=1.0)
+    def held_out(self) -> SampleNegativesConfig | None:
+        if self.when == "always":
+            return self
+        return replace(self, rate=1.0) if self.weight_column else None
 
     def output_schema(self, columns: pa.Schema) -> pa.Schema:
         require_boolean(self.negative, columns, "negative")
@@ -125,8 +127,10 @@ class SampleConfig:
     def writes(self) -> tuple[str, ...]:
         return _named(self.weight_column)
 
-    def held_out(self) -> SampleConfig:
-        return self if self.when == "always" else replace(self, rates={}, default_rate=1.0)
+    def held_out(self) -> SampleConfig | None:
+        if self.when == "always":
+            return self
+        return replace(self, rates={}, default_rate=1.0) if self.weight_column else None
 
     def output_schema(self, columns: pa.Schema) -> pa.Schema:
         require_columns(_named(self.column), columns, "column")

@@ -272,3 +272,16 @@ def test_rows_can_be_counted_by_the_names_of_folders_alone(folder):
     reader = source(folder, FilterConfig(where="date <> '2026-01-01'"))
     assert reader.num_rows == 2 * ROWS
     assert keys(reader.batches()) == [row["key"] for row in stored(folder) if row["key"] >= ROWS]
+
+
+def test_a_folder_that_is_no_day_is_not_missed(folder):
+    write(folder, 1, day(1)).parent.rename(folder / "date=unknown")
+    reader = source(folder, data={"allow_missing_days": True})
+    assert reader.num_rows == DAYS * ROWS
+    with pytest.raises(DataError, match="no rows on 2026-01-02"):
+        source(folder)
+
+
+def test_a_constant_is_written_to_every_row_of_a_file(folder):
+    reader = source(folder, DeriveConfig(column="x", sql="2"))
+    assert {float(value) for batch in reader.batches() for value in batch.dense[:, 0]} == {2.0}
