@@ -44,6 +44,9 @@ SPLITS: tuple[Split, ...] = get_args(Split)
 NORMALIZATION_ROWS = 262_144
 """Training rows that means and standard deviations are fitted on."""
 
+NAMED_FACTS = 25
+"""Row groups that were passed over, and findings about the data, that the facts of a run name; the log has all."""
+
 _MAY_CHANGE = (
     *("name", "output", "tracking.", "checks.", "calibration.", "data.path", "data.test", "data.decode_threads"),
     *("loop.log_every_steps", "loop.checkpoint_every_steps", "loop.keep_checkpoints", "loop.stop_after_evaluations", "loop.device"),
@@ -228,8 +231,10 @@ class Experiment:
         windows = {f"{name} window": str(window) for name in SPLITS if (window := getattr(self.config.data, name)) is not None}
         prints = {"schema fingerprint": self.schema.fingerprint}
         prints |= {f"{split} data fingerprint": source.fingerprint for split, source in self._sources.items()}
-        prints |= {f"{split} data passed over": "; ".join(source.skipped) for split, source in self._sources.items() if source.skipped}
-        prints |= {f"{split} data findings": "; ".join(source.findings) for split, source in self._sources.items() if source.findings}
+        for split, source in self._sources.items():
+            for name, lines in (("passed over", source.skipped), ("findings", source.findings)):
+                more = [f"and {len(lines) - NAMED_FACTS} more"] if len(lines) > NAMED_FACTS else []
+                prints |= {f"{split} data {name}": "; ".join([*lines[:NAMED_FACTS], *more])} if lines else {}
         if "teach" in self.__dict__:
             prints |= {f"{name} fingerprint": text for name, text in self._teacher_fingerprint.items()}
         return {**windows, **prints, "device": str(self.fabric.device), **run_tags()}
