@@ -119,6 +119,8 @@ class Statistics:
     """Milliseconds since the epoch of the newest event of each day."""
     row_keys: Counts | None = None
     """By the hash of the row key."""
+    requests: Counts | None = None
+    """By the hash of the request."""
     segments: dict[str, Counts] | None = None
     """Rows and labels by the values of each segment column."""
     data_fingerprint: str = ""
@@ -128,6 +130,17 @@ class Statistics:
     def coverage(self) -> dict[str, float]:
         """Share of the rows in which each feature is there, by feature; a sequence counts by its first field."""
         return {column.feature: column.coverage for column in reversed(self.columns.values())}
+
+    @property
+    def rows_per_request(self) -> float:
+        """Rows of a row's own request, on average over the rows: how much less than independent rows so many rows tell; 1 without requests.
+
+        Source: Kish, "Survey Sampling", Wiley 1965 (design effect of a sample of clusters).
+        """
+        if self.requests is None or not self.requests.num_kept:
+            return 1.0
+        sizes = self.requests.tallies[:, 0].astype(np.float64)
+        return float((sizes**2).sum() / sizes.sum())
 
     def label_rate(self, task: str, tallied: Integers) -> tuple[int, float]:
         """How many rows of a tally count for a task, and the share of them that is positive."""
@@ -146,6 +159,7 @@ class Statistics:
             days=_merged(self.days, other.days),
             newest=_newest(self.newest, other.newest),
             row_keys=_merged(self.row_keys, other.row_keys),
+            requests=_merged(self.requests, other.requests),
             segments=None
             if self.segments is None or other.segments is None
             else {name: counts.merged(other.segments[name]) for name, counts in self.segments.items()},
@@ -162,6 +176,7 @@ class Statistics:
             "days": self.days and self.days.to_plain(),
             "newest": self.newest,
             "row_keys": self.row_keys and self.row_keys.to_plain(),
+            "requests": self.requests and self.requests.to_plain(),
             "all_rows": self.all_rows.to_plain(),
             "segments": None if self.segments is None else {name: entry.to_plain() for name, entry in self.segments.items()},
             "columns": {name: column.to_plain() for name, column in self.columns.items()},
@@ -192,6 +207,7 @@ class Statistics:
             days=counts("days", tasks),
             newest=plain["newest"],
             row_keys=counts("row_keys", 0),
+            requests=counts("requests", 0),
             segments=None
             if plain["segments"] is None
             else {name: Counts.from_plain(entry, tasks) for name, entry in plain["segments"].items()},
@@ -253,6 +269,7 @@ def _of_batch(batch: pa.RecordBatch, schema: Schema) -> Statistics:
         days=None if day is None else _of_values(day.drop_null(), _valid(day, outcomes)),
         newest=_newest_events(batch, schema, day),
         row_keys=_of_rows(functools.reduce(lambda left, right: splitmix64(left ^ right), keys)) if keys else None,
+        requests=_of_rows(_plain_hashes(batch.column(schema.request).drop_null())) if schema.request in names else None,
         segments={column: _of_texts(batch.column(column), outcomes) for column in schema.segments if column in names},
     )
 

@@ -536,13 +536,14 @@ class ChecksConfig:
     """What the training window is compared with then: statistics in a file, or in the output folder of an earlier training;
     empty for nothing, and then it is judged by itself."""
     may_drift: tuple[str, ...] = ()
-    """Features whose distribution is free to change, such as the weekend; psi, jensen_shannon and kolmogorov_smirnov leave them out."""
-    significance: float = 5.0
-    """Standard errors that a difference must exceed."""
+    """Features whose distribution is free to change, such as the weekend: psi, jensen_shannon, kolmogorov_smirnov and
+    out_of_range leave them out."""
+    significance: float = 4.0
+    """Standard errors that a difference must exceed; of rows that come in requests, a request counts as one row."""
     coverage_drop: Limits = Limits(warn=0.01, fail=0.1)
     """Share of the rows that a feature is missing from and was not missing from before."""
     psi: Limits = Limits(warn=0.1, fail=0.25)
-    """Population stability index: of numbers over tenths of the baseline, of ids over those that are at least 1 % of it and the rest."""
+    """Population stability index: of numbers over tenths of the baseline, of ids over those that are at least 2 % of it and the rest."""
     jensen_shannon: Limits = Limits(warn=0.02, fail=0.1)
     """Jensen-Shannon divergence in bits over the same parts: 0 for equal ones, 1 where nothing is shared."""
     kolmogorov_smirnov: Limits = Limits(warn=0.1, fail=0.25)

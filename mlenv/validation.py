@@ -24,18 +24,19 @@ if TYPE_CHECKING:
 Severity = Literal["fail", "warn", "pass"]
 SEVERITIES: tuple[Severity, ...] = ("fail", "warn", "pass")
 
-LEAST_SHARE = 0.01
+LEAST_SHARE = 0.02
 """Ids of the baseline that make up so much of it are the parts that drift is measured over; all others are one part. Rarer ones,
 such as users, come and go in bursts that no count of rows accounts for."""
 LEAST_LABELS = 20
 """Positives and negatives without which an AUC says nothing."""
 
-DRIFT = ("psi", "jensen_shannon", "kolmogorov_smirnov")
+DRIFT = ("psi", "jensen_shannon", "kolmogorov_smirnov", "out_of_range")
+"""Checks that ``ChecksConfig.may_drift`` takes a feature out of."""
 
 FIXES = {
     "coverage_drop": "find what stopped writing the column; until then train without the feature, or with feature dropout",
     **dict.fromkeys(
-        DRIFT,
+        ("psi", "jensen_shannon", "kolmogorov_smirnov"),
         "look for a changed source; train anew if the world has changed; name a feature of the calendar in checks.may_drift",
     ),
     "out_of_range": "look for a changed unit or a broken source; clip the column if the values are right",
@@ -103,6 +104,38 @@ class Verdict:
 
 
 @dataclass(frozen=True)
+class _Chance:
+    """What differences bring about by themselves between two samples of these sizes."""
+
+    significance: float
+    """Standard errors."""
+    rows_per_request: float
+    """Rows of a request resemble each other: so many count as one."""
+
+    def _error(self, size: float, other: float) -> float:
+        return math.sqrt(self.rows_per_request * (1 / size + 1 / other))
+
+    def is_less_than(self, share: float, size: float, other_share: float, other_size: float) -> bool:
+        """Whether two shares differ by more than chance."""
+        pooled = (share * size + other_share * other_size) / (size + other_size)
+        spread = math.sqrt(max(pooled * (1 - pooled), 0.0))
+        return abs(share - other_share) > self.significance * spread * self._error(size, other_size)
+
+    def distance(self, size: float, other: float) -> float:
+        """Between two cumulative distributions: as improbable as so many standard errors are (Dvoretzky-Kiefer-Wolfowitz)."""
+        return self.significance / 2 * self._error(size, other)
+
+    def stability(self, num_parts: int, size: float, other: float) -> float:
+        """Of the population stability index: about ``1/n + 1/m`` times a chi-squared variable of ``num_parts - 1`` degrees.
+
+        Source of the bound on its tail: Laurent and Massart, "Adaptive Estimation of a Quadratic Functional by Model
+        Selection", The Annals of Statistics, 2000.
+        """
+        freedom = max(num_parts - 1, 1)
+        return self._error(size, other) ** 2 * (freedom + self.significance * math.sqrt(2 * freedom) + self.significance**2)
+
+
+@dataclass(frozen=True)
 class _Measure:
     check: str
     subject: str
@@ -122,13 +155,14 @@ def validate_statistics(
             it does not have are not compared.
         span: days that the window was meant to have.
     """
-    measures = [*_own_measures(window, span or WindowConfig(), checks.significance)]
+    chance = _Chance(checks.significance, max(part.rows_per_request for part in (window, baseline) if part is not None))
+    measures = [*_own_measures(window, span or WindowConfig())]
     if baseline is not None:
         for name, column in window.columns.items():
             if name in baseline.columns:
-                measures += _compared(name, column, baseline.columns[name], checks.significance)
+                measures += _compared(name, column, baseline.columns[name], chance)
         measures += _late_hours(window, baseline)
-    measures += _label_rates(window, baseline, checks.significance)
+    measures += _label_rates(window, baseline, chance)
     findings = [
         _judged(measure, schema, checks) for measure in measures if measure.check not in DRIFT or measure.feature not in checks.may_drift
     ]
@@ -158,7 +192,7 @@ def _excess(finding: Finding) -> float:
     return finding.value / finding.limit if finding.limit else finding.value
 
 
-def _own_measures(window: Statistics, span: WindowConfig, significance: float) -> Iterator[_Measure]:
+def _own_measures(window: Statistics, span: WindowConfig) -> Iterator[_Measure]:
     """What needs no baseline."""
     for name, column in window.columns.items():
         for task, auc in zip(window.tasks, column.label_aucs(), strict=True):
@@ -217,16 +251,16 @@ def _hours_before_end(statistics: Statistics) -> dict[str, float]:
     return found
 
 
-def _label_rates(window: Statistics, baseline: Statistics | None, significance: float) -> Iterator[_Measure]:
+def _label_rates(window: Statistics, baseline: Statistics | None, chance: _Chance) -> Iterator[_Measure]:
     """Over all and by segment against the baseline; each day against the baseline, or else against the other days."""
     earlier = baseline.labels if baseline is not None and baseline.tasks == window.tasks else None
     days = {} if window.days is None else window.days.by_value()
     for task in window.tasks:
         if earlier is not None:
-            yield _label_rate("label_rate", task, task, window, window.labels, earlier, significance)
+            yield _label_rate("label_rate", task, task, window, window.labels, earlier, chance)
         for day, tallied in days.items() if len(days) > 1 else ():
             reference = window.labels - tallied if earlier is None else earlier
-            yield _label_rate("label_rate", f"{task} on {day}", task, window, tallied, reference, significance)
+            yield _label_rate("label_rate", f"{task} on {day}", task, window, tallied, reference, chance)
         if earlier is None or baseline is None:
             continue
         for column, counts in (window.segments or {}).items():
@@ -234,45 +268,43 @@ def _label_rates(window: Statistics, baseline: Statistics | None, significance: 
             for value, tallied in counts.by_value().items():
                 if value in before:
                     subject = f"{task} where {column}={value}"
-                    yield _label_rate("label_rate_by_segment", subject, task, window, tallied, before[value], significance)
+                    yield _label_rate("label_rate_by_segment", subject, task, window, tallied, before[value], chance)
 
 
-def _label_rate(
-    check: str, subject: str, task: str, statistics: Statistics, now: Integers, before: Integers, significance: float
-) -> _Measure:
+def _label_rate(check: str, subject: str, task: str, statistics: Statistics, now: Integers, before: Integers, chance: _Chance) -> _Measure:
     (counted, rate), (reference, usual) = statistics.label_rate(task, now), statistics.label_rate(task, before)
     if not counted or not reference:
         return _Measure(check, subject, 0.0, f"no row that counts for {task}, or none to compare with.", False)
     change = abs(rate - usual) / usual if usual else (math.inf if rate else 0.0)
-    is_beyond = _differ(rate, counted, usual, reference, significance)
+    is_beyond = chance.is_less_than(rate, counted, usual, reference)
     return _Measure(check, subject, min(change, 1e9), f"{rate:.4%} of {counted:,} rows are positive, before it was {usual:.4%}.", is_beyond)
 
 
-def _compared(name: str, now: ColumnStatistics, before: ColumnStatistics, significance: float) -> Iterator[_Measure]:
+def _compared(name: str, now: ColumnStatistics, before: ColumnStatistics, chance: _Chance) -> Iterator[_Measure]:
     def measure(check: str, value: float, detail: str, is_beyond_chance: bool, part: str = "") -> _Measure:
         return _Measure(check, f"{name}{part}", value, detail, is_beyond_chance, now.feature)
 
     drop = before.coverage - now.coverage
     detail = f"{now.coverage:.2%} of the rows have it, before it was {before.coverage:.2%}."
-    yield measure("coverage_drop", max(drop, 0.0), detail, _differ(now.coverage, now.rows, before.coverage, before.rows, significance))
+    yield measure("coverage_drop", max(drop, 0.0), detail, chance.is_less_than(now.coverage, now.rows, before.coverage, before.rows))
     if now.values is not None and before.values is not None:
-        yield from _compared_values(now.values, before.values, significance, measure)
+        yield from _compared_values(now.values, before.values, chance, measure)
     for part, numbers, earlier in (("", now.numbers, before.numbers), (" (length)", now.lengths, before.lengths)):
         if numbers is not None and earlier is not None and numbers.count and earlier.count:
             weights = " (weight)" if now.values is not None and not part else part
-            yield from _compared_numbers(numbers, earlier, significance, weights, measure)
+            yield from _compared_numbers(numbers, earlier, chance, weights, measure)
 
 
 Measure = Callable[..., _Measure]
 
 
-def _compared_values(now: Counts, before: Counts, significance: float, measure: Measure) -> Iterator[_Measure]:
+def _compared_values(now: Counts, before: Counts, chance: _Chance, measure: Measure) -> Iterator[_Measure]:
     level = max(now.level, before.level)
     now, before = now.at(level), before.at(level)
     total, earlier = now.num_kept, before.num_kept
     if not total or not earlier:
         return
-    yield from _drift(*_value_parts(now, before), significance, "", measure)
+    yield from _drift(*_value_parts(now, before), chance, "", measure)
     for check, one, other, size, other_size, where in (
         ("new_value", now, before, total, earlier, "not in the baseline"),
         ("lost_value", before, now, earlier, total, "in the baseline and not here"),
@@ -285,34 +317,30 @@ def _compared_values(now: Counts, before: Counts, significance: float, measure: 
             share, named = one.tallies[place, 0] / size, repr(one.values[place].as_py())
         all_share = one.tallies[is_only_here, 0].sum() / size
         detail = f"{named} is {share:.2%} of the values and {where}; all such values together are {all_share:.2%}."
-        yield measure(check, share, detail, _differ(share, size, 0.0, other_size, significance))
+        yield measure(check, share, detail, chance.is_less_than(share, size, 0.0, other_size))
         if check == "new_value":
-            yield measure("unseen_ids", all_share, detail, _differ(all_share, size, 0.0, other_size, significance))
+            yield measure("unseen_ids", all_share, detail, chance.is_less_than(all_share, size, 0.0, other_size))
 
 
-def _compared_numbers(now: Numbers, before: Numbers, significance: float, part: str, measure: Measure) -> Iterator[_Measure]:
+def _compared_numbers(now: Numbers, before: Numbers, chance: _Chance, part: str, measure: Measure) -> Iterator[_Measure]:
     total, earlier = now.count, before.count
-    yield from _drift(*_number_parts(now, before), significance, part, measure)
+    yield from _drift(*_number_parts(now, before), chance, part, measure)
     keys = np.union1d(now.bins.keys, before.bins.keys)
     distance = float(np.abs(_cumulative(now, keys) - _cumulative(before, keys)).max())
     detail = f"median {now.quantile(0.5):.4g} instead of {before.quantile(0.5):.4g}, mean {now.mean:.4g} instead of {before.mean:.4g}."
-    # Dvoretzky-Kiefer-Wolfowitz: as improbable as so many standard errors of a normal distribution.
-    least = significance / 2 * math.sqrt(1 / total + 1 / earlier)
-    yield measure("kolmogorov_smirnov", distance, detail, distance > least, part)
+    yield measure("kolmogorov_smirnov", distance, detail, distance > chance.distance(total, earlier), part)
     outside = _outside(now, before)
     detail = f"{outside:.2%} are outside of [{before.low:.6g}, {before.high:.6g}]; the numbers are in [{now.low:.6g}, {now.high:.6g}]."
-    yield measure("out_of_range", outside, detail, _differ(outside, total, 1 / earlier, earlier, significance), part)
+    yield measure("out_of_range", outside, detail, chance.is_less_than(outside, total, 1 / earlier, earlier), part)
 
 
-def _drift(names: Sequence[str], now: Floats, before: Floats, significance: float, part: str, measure: Measure) -> Iterator[_Measure]:
+def _drift(names: Sequence[str], now: Floats, before: Floats, chance: _Chance, part: str, measure: Measure) -> Iterator[_Measure]:
     """``names``, ``now``, ``before``: the parts that the values are divided into, and how many of both are in each."""
     shares, usual = _smoothed(now), _smoothed(before)
     stability = float(((shares - usual) * np.log(shares / usual)).sum())
     middle = (shares + usual) / 2
     divergence = float((shares * np.log2(shares / middle) + usual * np.log2(usual / middle)).sum() / 2)
-    # Without a change the index is about (1 / n + 1 / m) times a chi-squared variable of one degree less than there are parts.
-    freedom = max(len(names) - 1, 1)
-    least = (1 / now.sum() + 1 / before.sum()) * (freedom + significance * math.sqrt(2 * freedom))
+    least = chance.stability(len(names), now.sum(), before.sum())
     place = int(np.argmax(np.abs(shares - usual)))
     detail = f"{names[place]} are {shares[place]:.2%} of the values, before it was {usual[place]:.2%}."
     yield measure("psi", stability, detail, stability > least, part)
@@ -364,10 +392,3 @@ def _outside(now: Numbers, before: Numbers) -> float:
     counts, keys = now.bins.tallies[:, 0], now.bins.keys
     beyond = int(counts[(keys < before.bins.keys[0]) | (keys > before.bins.keys[-1])].sum())
     return beyond / now.count
-
-
-def _differ(first: float, first_size: int, second: float, second_size: int, significance: float) -> bool:
-    """Whether two shares differ by more than so many standard errors of their difference, were they the same."""
-    pooled = (first * first_size + second * second_size) / (first_size + second_size)
-    error = math.sqrt(max(pooled * (1 - pooled), 0.0) * (1 / first_size + 1 / second_size))
-    return abs(first - second) > significance * error

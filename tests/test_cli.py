@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import sys
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from mlenv.cli import DONE, FAILED, WRONG_INPUT, main
+from mlenv.cli import DONE, FAILED, GATE, WRONG_INPUT, main
 from mlenv.composition import compose
 from mlenv.errors import MlenvError, require
 
@@ -93,7 +95,7 @@ def test_a_tracked_training_is_in_mlflow(demo_arguments, tmp_path, monkeypatch, 
     assert run.data.metrics["test/click/auc"] == pytest.approx(figures["click/auc"])
     assert [metric.step for metric in client.get_metric_history(run.info.run_id, "train/click/loss")] == [5, 10]
     kept = {artifact.path for artifact in client.list_artifacts(run.info.run_id)}
-    assert kept == {"config.yaml", "metrics.json", "report.html", "model"}
+    assert kept == {"config.yaml", "metrics.json", "report.html", "statistics.json", "model"}
 
 
 def rewrite(ads: Path, folder: Path, change) -> str:
@@ -220,6 +222,43 @@ def test_simulate_says_what_it_would_do_and_refuses_what_it_cannot(capsys, refus
     assert "num_days: 2" in capsys.readouterr().out
     assert "num_dys: expected a key of SimulationConfig" in refuse("data", "simulate", "--out", str(tmp_path / "ads"), "num_dys=2")
     assert "expected" in refuse("data", "convert", "kuairand", "--source", str(tmp_path), "--out", str(tmp_path / "out"))
+
+
+def test_validate_ends_with_3_when_the_data_fail(demo_arguments, ads, capsys, tmp_path):
+    assert main(["validate", *demo_arguments("checks.may_drift=[is_weekend,history,item_age_days]")]) == DONE
+    assert capsys.readouterr().out.startswith("pass: 0 of ")
+    prices = rewrite(ads, tmp_path / "changed", lambda table: replaced(table, "price", pc.multiply(table["price"], 1000.0)))
+    days = ["data.train.end=2026-01-01", "data.test.start=2026-01-02", "data.test.end=2026-01-02"]
+    assert main(["validate", *demo_arguments(prices, *days), "--out", str(tmp_path / "found")]) == GATE
+    printed = capsys.readouterr().out
+    assert re.search(r"FAIL  out_of_range +price  \S+ \(limit 0\.05\)\n .*To do: look for a changed unit", printed)
+    assert f"page     {tmp_path / 'found' / 'validation.html'}" in printed
+    assert sorted(path.name for path in (tmp_path / "found").iterdir()) == ["statistics.json", "validation.html", "validation.json"]
+
+
+def test_a_training_can_be_made_to_depend_on_its_data(ads, demo_arguments, capsys, tmp_path):
+    assert main(["train", *demo_arguments("loop.max_steps=12")]) == DONE
+    baseline = f"checks.baseline={tmp_path / 'run of a test'}"
+    prices = rewrite(ads, tmp_path / "changed", lambda table: replaced(table, "price", pc.multiply(table["price"], 1000.0)))
+    window = ["data.train.start=2026-01-02", "checks.before_training=true", "checks.may_drift=[item_age_days]"]
+    capsys.readouterr()
+    assert main(["train", *demo_arguments(prices, *window, baseline, "loop.max_steps=12", output="another")]) == GATE
+    assert "data.train failed" in (message := capsys.readouterr().err)
+    assert "- out_of_range of price: " in message
+    assert not (tmp_path / "another").exists()
+    assert main(["train", *demo_arguments(*window, baseline, "loop.max_steps=12", output="another")]) == DONE
+    stored = [json.loads((tmp_path / run / "statistics.json").read_text()) for run in ("run of a test", "another")]
+    assert [entry["rows"] for entry in stored] == [4000, 2000]
+
+
+def test_a_vocabulary_composes_with_the_schema_that_it_is_for(demo_arguments, capsys, refuse, tmp_path):
+    assert main(["data", "vocabulary", demo_arguments()[0], "device", "--min-count", "600", *demo_arguments()[1:]]) == DONE
+    (tmp_path / "device.yaml").write_text(capsys.readouterr().out)
+    (tmp_path / "both.yaml").write_text(f"extends: [{demo_arguments()[0]}, device.yaml]")
+    table = compose(tmp_path / "both.yaml").schema.tables["device"]
+    assert 1 <= len(table.vocabulary) < 3
+    assert (table.num_embeddings, table.embedding_dim, table.out_of_range) == (len(table.vocabulary) + 1, 16, "hash")
+    assert "Fix: did you mean 'device'" in refuse("data", "vocabulary", demo_arguments()[0], "devise", *demo_arguments()[1:])
 
 
 def test_ui_starts_mlflow(capsys, monkeypatch):
