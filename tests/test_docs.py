@@ -29,7 +29,7 @@ BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FILE_NAME = re.compile(r"# (\S+\.(?:py|yaml))\n")
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 DEFINED_IN = re.compile(r"`(\w+)` in \[[^\]]*\]\(([^)]+\.py)\)")
-CONFIG_KEY = re.compile(r"`((?:schema|data|model|embeddings|optimizer|objective|loop|tracking)\.(?!json`)[\w.]+)(?:: \S+|=\S+)?`")
+CONFIG_KEY = re.compile(r"`((?:schema|data|model|embeddings|optimizer|objective|loop|tracking|checks)\.(?!json`)[\w.]+)(?:: \S+|=\S+)?`")
 
 STANDARD = {ModelConfig: RankerConfig, CrossingConfig: CrossNetConfig}
 """What the documents mean where a config leaves the class open."""
