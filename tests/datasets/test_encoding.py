@@ -4,6 +4,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mlenv.batch import Position
 from mlenv.datasets.columns import check_columns
@@ -279,3 +281,47 @@ def test_no_rows_and_no_sparse_features():
     batch = to_batch([encode(rows(), dense)], Position())
     assert batch.sparse.keys == ()
     assert batch.dense.shape == (3, 1)
+
+
+TEXT = st.text("abü", max_size=3)
+ARRAYS = {
+    "item": (pa.int64(), st.none() | st.integers(0, 9)),
+    "country": (pa.string(), st.none() | TEXT),
+    "device": (pa.string(), st.none() | st.sampled_from(["phone", "tv"])),
+    "tags": (pa.list_(pa.int64()), st.none() | st.lists(st.none() | st.integers(0, 4), max_size=4)),
+    "price": (pa.float32(), st.none() | st.floats(-1e6, 1e6, width=32)),
+    "is_new": (pa.bool_(), st.none() | st.booleans()),
+}
+
+
+@given(st.lists(st.fixed_dictionaries({name: values for name, (_, values) in ARRAYS.items()}), min_size=1, max_size=20), st.integers(0, 20))
+def test_every_row_reaches_the_batch_as_a_slow_reading_gives_it(rows, cut):
+    names = dict.fromkeys(ARRAYS)
+    schema = Schema(
+        features={name: feature for name, feature in SCHEMA.features.items() if name in names},
+        tables={name: table for name, table in SCHEMA.tables.items() if name in names},
+        labels={"click": Label()},
+    )
+    types = pa.schema({name: kind for name, (kind, _) in ARRAYS.items()} | {"click": pa.int8()})
+    rows = [row | {"click": number % 2} for number, row in enumerate(rows)]
+    pieces = [piece for piece in (rows[:cut], rows[cut:]) if piece]
+    batch = to_batch([encode(pa.RecordBatch.from_pylist(piece, types), schema) for piece in pieces], Position())
+
+    def hashed(text):
+        return int(hash_ids(pa.array([text]))[0] % np.uint64(1000))
+
+    expected = {
+        "item": [[] if row["item"] is None else [row["item"]] for row in rows],
+        "country": [[] if row["country"] is None else [hashed(row["country"])] for row in rows],
+        "device": [[["phone", "tv"].index(row["device"] or "phone")] for row in rows],
+        "tags": [[tag for tag in (row["tags"] or [])[:2] if tag is not None] for row in rows],
+    }
+    bags = torch.split(batch.sparse.values, batch.sparse.lengths.tolist())
+    found = {
+        key: [bag.tolist() for bag in bags[place * len(rows) : (place + 1) * len(rows)]] for place, key in enumerate(batch.sparse.keys)
+    }
+    assert found == expected
+    prices = [-1.0 if row["price"] is None else row["price"] for row in rows]
+    flags = [True if row["is_new"] is None else row["is_new"] for row in rows]
+    assert batch.dense.tolist() == [[price, float(flag)] for price, flag in zip(prices, flags, strict=True)]
+    assert batch.labels[:, 0].tolist() == [number % 2 for number in range(len(rows))]
