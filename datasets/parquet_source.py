@@ -172,11 +172,17 @@ class ParquetSource:
         if parts:
             yield to_batch(parts, position)
 
-    def record_batches(self, columns: tuple[str, ...]) -> Iterator[pa.RecordBatch]:
-        """Columns after transforms, row group by row group in file order; for statistics."""
-        plan = self._transforms.plan(columns)
-        for group in self._row_groups[self._rank :: self._world_size]:
-            yield self._rows(group, plan)[0]
+    def record_batches(self, columns: tuple[str, ...], *, at_most: int = 0) -> Iterator[pa.RecordBatch]:
+        """Columns after transforms, row group by row group in file order; for statistics.
+
+        Args:
+            at_most: stored rows, about; the row groups are then spread evenly over the window. 0 gives all.
+        """
+        plan, groups = self._transforms.plan(columns), self._row_groups[self._rank :: self._world_size]
+        stored = sum(group.num_rows for group in groups)
+        step = max(stored / at_most, 1.0) if at_most else 1.0
+        for place in range(max(int(len(groups) / step), 1) if groups else 0):
+            yield self._rows(groups[int(place * step)], plan)[0]
 
     def _encoded_windows(self, start: Position) -> Iterator[tuple[int, int, EncodedRows]]:
         """Windows in order; ``decode_threads`` of them are read ahead."""

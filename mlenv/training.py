@@ -21,6 +21,8 @@ from mlenv.validation import validate_statistics, window_statistics
 
 logger = logging.getLogger(__name__)
 
+STATISTICS_ROWS = 262_144
+"""Training rows that the statistics kept with a run are taken of."""
 PREDICTIONS = "predictions"
 METRICS = "metrics.json"
 REPORT = "report.html"
@@ -93,11 +95,13 @@ def evaluate_and_report(experiment: Experiment) -> Evaluation:
 
 
 def _training_statistics(experiment: Experiment) -> Statistics:
-    """Those in the output folder, unless the training window has become another one."""
+    """Of the whole training window where it is to be judged, otherwise of a sample: a training does not wait for more."""
     source, file = experiment.source("train"), experiment.output / STATISTICS_FILE
+    if experiment.config.checks.before_training:
+        return window_statistics(source)
     if file.exists() and (stored := read_statistics(file)).data_fingerprint == source.fingerprint:
         return stored
-    return window_statistics(source)
+    return window_statistics(source, at_most=STATISTICS_ROWS)
 
 
 def _check_training_window(statistics: Statistics, config: ExperimentConfig) -> None:

@@ -169,10 +169,11 @@ def validate_statistics(
     return Verdict(sorted(findings, key=lambda found: (SEVERITIES.index(found.severity), -_excess(found), found.check, found.subject)))
 
 
-def window_statistics(source: ParquetSource) -> Statistics:
-    """Statistics of all rows of a source, read once."""
+def window_statistics(source: ParquetSource, *, at_most: int = 0) -> Statistics:
+    """Statistics of the rows of a source, read once; of about ``at_most`` of them, from all over the window, where that is not 0."""
     columns = statistics_columns(source.schema, source.column_names)
-    return replace(collect(source.record_batches(columns), source.schema), data_fingerprint=source.fingerprint)
+    rows = source.record_batches(columns, at_most=at_most)
+    return replace(collect(rows, source.schema), data_fingerprint=source.fingerprint)
 
 
 def _judged(measure: _Measure, schema: Schema, checks: ChecksConfig) -> Finding:

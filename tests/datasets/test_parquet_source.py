@@ -277,3 +277,12 @@ def test_a_reader_that_is_dropped_stops_its_threads(folder):
         if thread.name.startswith("decode"):
             thread.join(timeout=5)
             assert not thread.is_alive()
+
+
+def test_a_sample_for_statistics_comes_from_all_over_the_window(folder):
+    whole = [rows.num_rows for rows in source(folder).record_batches(("key",))]
+    sample = [int(rows.column("key")[0].as_py()) for rows in source(folder).record_batches(("key",), at_most=100)]
+    assert sum(whole) == ROWS * DAYS
+    assert sample == [0, 120, 250]  # row groups 0, 3 and 7 of twelve
+    assert [rows.num_rows for rows in source(folder).record_batches(("key",), at_most=10_000)] == whole
+    assert len(list(source(folder).record_batches(("key",), at_most=1))) == 1
