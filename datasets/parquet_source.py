@@ -1,4 +1,4 @@
-"""Reads day-partitioned Parquet into batches: sharded by row group, shuffled within a bounded window, decoded ahead in threads."""
+"""Reads day-partitioned Parquet into batches: sharded by row group, shuffled within a bounded window, decoded ahead by workers."""
 
 from __future__ import annotations
 
@@ -6,13 +6,11 @@ import datetime
 import hashlib
 import json
 import logging
-from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 import numpy as np
@@ -86,7 +84,7 @@ class ParquetSource:
     ) -> None:
         self.schema, self.batch_size, self.num_epochs = schema, config.batch_size, num_epochs
         self._window_rows = config.shuffle_rows if shuffle else 0
-        self._shuffle, self._seed, self._threads = shuffle and config.shuffle_rows > 0, seed, config.decode_threads
+        self._shuffle, self._seed, self._workers = shuffle and config.shuffle_rows > 0, seed, config.workers.build()
         self._extras, self._rank, self._world_size = extras, rank, world_size
         if "requests" in extras and not schema.request:
             raise ConfigError("schema.request", expected="the column that groups rows shown together", received=schema.request)
@@ -184,28 +182,20 @@ class ParquetSource:
         for place in range(max(int(len(groups) / step), 1) if groups else 0):
             yield self._rows(groups[int(place * step)], plan)[0]
 
+    def close(self) -> None:
+        """Ends what was started for the workers."""
+        self._workers.close()
+
     def _encoded_windows(self, start: Position) -> Iterator[tuple[int, int, EncodedRows]]:
-        """Windows in order; ``decode_threads`` of them are read ahead."""
+        """Windows in order, read ahead by the workers."""
         plan = (
             (epoch, window, groups)
             for epoch in range(start.epoch, self.num_epochs)
             for window, groups in enumerate(self._windows(epoch))
             if (epoch, window) >= (start.epoch, start.window)
         )
-        _ = self._dropped  # surveyed before the threads ask for it
-        ahead: deque[tuple[int, int, Future[EncodedRows]]] = deque()
-        pool = ThreadPoolExecutor(self._threads, thread_name_prefix="decode")
-        try:
-            for epoch, window, groups in islice(plan, self._threads):
-                ahead.append((epoch, window, pool.submit(self._encode_window, epoch, window, groups)))
-            while ahead:
-                epoch, window, future = ahead.popleft()
-                rows = future.result()
-                for following in islice(plan, 1):
-                    ahead.append((following[0], following[1], pool.submit(self._encode_window, *following)))
-                yield epoch, window, rows
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        _ = self._dropped  # surveyed before the workers ask for it
+        return self._workers.map(self._encode_window, plan)
 
     def _windows(self, epoch: int) -> list[list[RowGroup]]:
         """Row groups of this rank, gathered to windows of at least ``shuffle_rows`` rows."""
@@ -222,12 +212,14 @@ class ParquetSource:
             room -= self._row_groups[place].num_rows
         return windows
 
-    def _encode_window(self, epoch: int, window: int, groups: list[RowGroup]) -> EncodedRows:
+    def _encode_window(self, numbered: tuple[int, int, list[RowGroup]]) -> tuple[int, int, EncodedRows]:
+        """The same rows in the same order whenever and wherever it is called."""
+        epoch, window, groups = numbered
         rows = join([self._encode_group(group) for group in groups])
-        if not self._shuffle:
-            return rows
-        generator = np.random.default_rng([self._seed, epoch, window, self._rank])
-        return rows.take(generator.permutation(len(rows)) if rows.requests is None else _shuffled_requests(rows.requests, generator))
+        if self._shuffle:
+            generator = np.random.default_rng([self._seed, epoch, window, self._rank])
+            rows = rows.take(generator.permutation(len(rows)) if rows.requests is None else _shuffled_requests(rows.requests, generator))
+        return epoch, window, rows
 
     def _encode_group(self, group: RowGroup) -> EncodedRows:
         rows, kept = self._rows(group, self._plan)
@@ -332,8 +324,7 @@ class ParquetSource:
         return counts
 
     def _map(self, function: Callable[[RowGroup], _Result], groups: Sequence[RowGroup]) -> list[_Result]:
-        with ThreadPoolExecutor(self._threads, thread_name_prefix="survey") as pool:
-            return list(pool.map(function, groups))
+        return list(self._workers.map(function, groups))
 
     def _read(self, group: RowGroup, columns: tuple[str, ...]) -> pa.RecordBatch:
         """Columns as stored."""
@@ -483,7 +474,10 @@ def open_folder(path: str) -> tuple[pyarrow.fs.FileSystem, str]:
         ConfigError: nobody knows the scheme of the URL.
     """
     if "://" not in path:
-        return pyarrow.fs.LocalFileSystem(), str(PurePosixPath(path))
+        local = pyarrow.fs.LocalFileSystem()
+        if not PurePosixPath(path).is_absolute():  # a worker may run in another folder, and messages name the path as it was given
+            local = pyarrow.fs.SubTreeFileSystem(str(Path.cwd()), local)
+        return local, str(PurePosixPath(path))
     try:
         filesystem, inside = pyarrow.fs.FileSystem.from_uri(path)
         return filesystem, inside

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import datetime
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count, islice
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
 
 from mlenv.errors import ConfigError, MlenvError, Problems, check_above, check_at_least, nearest
-from mlenv.kinds import kind_field, kind_of
+from mlenv.kinds import class_of, kind_field, kind_of
 from mlenv.schema import Schema
 
 if TYPE_CHECKING:
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from numpy.typing import NDArray
     from torch import nn
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 
 
 class ModelConfig(Protocol):
@@ -142,6 +145,36 @@ TRANSFORMS: dict[str, type | str] = {
     "truncate": "mlenv.datasets.transforms.values:TruncateConfig",
 }
 """Transforms by the name that ``data.transforms[N].kind`` takes."""
+
+
+class Workers(Protocol):
+    """Those who read and decode rows ahead of the training."""
+
+    def map(self, function: Callable[[_Item], _Result], items: Iterable[_Item]) -> Generator[_Result, None, None]:
+        """Results in the order of the items, a bounded number ahead of the one that is used. An error of the function is
+        raised in its place. The function gives the same for the same item, and may be called for it again."""
+
+    def close(self) -> None:
+        """Ends what was started for them; they may be used again."""
+
+
+class WorkersConfig(Protocol):
+    """Where rows are read and decoded. It changes nothing about the rows, their order or their numbers."""
+
+    def build(self) -> Workers:
+        """Starts nothing before the first item."""
+
+
+WORKERS: dict[str, type | str] = {
+    "ray": "mlenv.datasets.ray_workers:RayConfig",
+    "threads": "mlenv.datasets.workers:ThreadsConfig",
+}
+"""Workers by the name that ``data.workers.kind`` takes."""
+
+
+def _threads() -> WorkersConfig:
+    config: WorkersConfig = class_of("threads", WORKERS, "data.workers")()
+    return config
 
 
 def is_day(text: str) -> bool:
@@ -281,11 +314,11 @@ class DataConfig:
     """Passes over the training window."""
     shuffle_rows: int = 262_144
     """Rows that are shuffled together, at least a row group; 0 reads in file order. Bounds the memory of the reader."""
-    decode_threads: int = 2
-    """Threads that read and decode ahead of the training."""
+    workers: WorkersConfig = kind_field(WORKERS, default_factory=_threads)
+    """Who reads and decodes ahead of the training: threads, or the CPUs of a Ray cluster."""
 
     def __post_init__(self) -> None:
-        least = {"batch_size": 1, "num_epochs": 1, "shuffle_rows": 0, "decode_threads": 1, "label_wait_days": 0, "max_bad_row_groups": 0}
+        least = {"batch_size": 1, "num_epochs": 1, "shuffle_rows": 0, "label_wait_days": 0, "max_bad_row_groups": 0}
         for name, smallest in least.items():
             check_at_least(name, getattr(self, name), smallest)
         if not self.path:
@@ -657,6 +690,9 @@ def _problems(config: ExperimentConfig) -> Iterator[MlenvError]:
     if config.embeddings.engine == "torchrec" and importlib.util.find_spec("torchrec") is None:
         fix = "pip install 'mlenv[torchrec]', or embeddings.engine=torch"
         yield ConfigError("embeddings.engine", expected="an engine that is installed", received="torchrec", fix=fix)
+    if kind_of(data.workers, WORKERS) == "ray" and importlib.util.find_spec("ray") is None:
+        fix = "pip install 'mlenv[ray]', or data.workers.kind=threads"
+        yield ConfigError("data.workers.kind", expected="workers that are installed", received="ray", fix=fix)
 
 
 def _waiting_problems(data: DataConfig) -> Iterator[MlenvError]:

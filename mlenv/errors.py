@@ -8,11 +8,15 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
-from typing import Self
+from typing import Any, Self
 
 
 class MlenvError(ValueError):
     """Base of the errors a user can fix. The command line prints it and ends with exit code 2."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Crosses processes as it is; Exception's own way would call the class with the message alone."""
+        return _remade, (type(self), self.args, self.__dict__)
 
 
 class PlacedError(MlenvError):
@@ -99,6 +103,12 @@ def require(module: str, *, extra: str) -> ModuleType:
             f"{module}: cannot be imported ({type(error).__name__}: {error}). "
             f"Fix: pip install 'mlenv[{extra}]', or the full lock with pip install --no-deps -r requirements/cpu.txt."
         ) from error
+
+
+def _remade(cls: type[MlenvError], arguments: tuple[Any, ...], attributes: dict[str, Any]) -> MlenvError:
+    error = cls.__new__(cls, *arguments)
+    error.__dict__.update(attributes)
+    return error
 
 
 def _count(number: int) -> str:

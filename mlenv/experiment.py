@@ -48,7 +48,7 @@ NAMED_FACTS = 25
 """Row groups that were passed over, and findings about the data, that the facts of a run name; the log has all."""
 
 _MAY_CHANGE = (
-    *("name", "output", "tracking.", "checks.", "calibration.", "data.path", "data.test", "data.decode_threads"),
+    *("name", "output", "tracking.", "checks.", "calibration.", "data.path", "data.test", "data.workers."),
     *("loop.log_every_steps", "loop.checkpoint_every_steps", "loop.keep_checkpoints", "loop.stop_after_evaluations", "loop.device"),
 )
 """Keys that a resumed training may set anew; any other would make it another model."""
@@ -252,6 +252,8 @@ class Experiment:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if "run" in self.__dict__:
             self.run.close()
+        for source in self._sources.values():
+            source.close()
         if self._tracker is not None:
             self._tracker.finish("FINISHED" if kind is None else "KILLED" if kind is KeyboardInterrupt else "FAILED")
         if self._lock is not None:

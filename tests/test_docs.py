@@ -16,7 +16,8 @@ import pytest
 
 from mlenv import compose, train
 from mlenv.cli import main
-from mlenv.config import ExperimentConfig, ModelConfig
+from mlenv.config import ExperimentConfig, ModelConfig, WorkersConfig
+from mlenv.datasets.ray_workers import RayConfig
 from mlenv.modules import CrossNetConfig, RankerConfig
 from mlenv.modules.ranker import CrossingConfig
 
@@ -31,7 +32,7 @@ LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 DEFINED_IN = re.compile(r"`(\w+)` in \[[^\]]*\]\(([^)]+\.py)\)")
 CONFIG_KEY = re.compile(r"`((?:schema|data|model|embeddings|optimizer|objective|loop|tracking|checks)\.(?!json`)[\w.]+)(?:: \S+|=\S+)?`")
 
-STANDARD = {ModelConfig: RankerConfig, CrossingConfig: CrossNetConfig}
+STANDARD = {ModelConfig: RankerConfig, CrossingConfig: CrossNetConfig, WorkersConfig: RayConfig}
 """What the documents mean where a config leaves the class open."""
 
 

@@ -13,6 +13,7 @@ import torch
 from mlenv.batch import Position
 from mlenv.config import DataConfig, WindowConfig
 from mlenv.datasets.parquet_source import ParquetSource
+from mlenv.datasets.workers import ThreadsConfig
 from mlenv.errors import ConfigError, DataError, Problems
 from mlenv.schema import Categorical, Label, MultiCategorical, Numeric, Schema, Table
 
@@ -49,7 +50,7 @@ def folder(tmp_path):
 
 def source(folder, window=None, schema=SCHEMA, extras=("metadata",), **options):
     data = {"batch_size": 32, "shuffle_rows": 50} | {
-        key: options.pop(key) for key in ("batch_size", "shuffle_rows", "decode_threads") if key in options
+        key: options.pop(key) for key in ("batch_size", "shuffle_rows", "workers") if key in options
     }
     config = DataConfig(path=str(folder), train=WindowConfig(), **data)
     return ParquetSource(config, window or WindowConfig(), schema, extras=extras, **options)
@@ -83,7 +84,7 @@ def test_shuffled_rows_are_all_there_in_another_order_each_epoch(folder):
     assert sorted(first) == sorted(second) == list(range(DAYS * ROWS))
     assert first != second
     assert first != sorted(first)
-    assert seen == keys(source(folder, shuffle=True, num_epochs=2, seed=5, decode_threads=1).batches())
+    assert seen == keys(source(folder, shuffle=True, num_epochs=2, seed=5, workers=ThreadsConfig(num_threads=1)).batches())
     assert seen != keys(source(folder, shuffle=True, num_epochs=2, seed=6).batches())
 
 

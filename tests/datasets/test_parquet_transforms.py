@@ -15,6 +15,7 @@ from mlenv.datasets.transforms.deduplicate import DeduplicateConfig
 from mlenv.datasets.transforms.derive import DeriveConfig
 from mlenv.datasets.transforms.filter import FilterConfig
 from mlenv.datasets.transforms.sampling import SampleConfig, SampleNegativesConfig
+from mlenv.datasets.workers import ThreadsConfig
 from mlenv.errors import DataError, Problems
 from mlenv.schema import Categorical, Label, Numeric, Schema, Table
 
@@ -104,7 +105,7 @@ def test_rows_come_out_as_the_transforms_leave_them(folder):
 def test_the_same_rows_stay_on_any_number_of_ranks_and_threads(folder, world_size, threads):
     whole = keys(source(folder, *SAMPLED).batches())
     readers = [
-        source(folder, *SAMPLED, shuffle=True, rank=rank, world_size=world_size, data={"decode_threads": threads})
+        source(folder, *SAMPLED, shuffle=True, rank=rank, world_size=world_size, data={"workers": ThreadsConfig(num_threads=threads)})
         for rank in range(world_size)
     ]
     parts = [list(reader.batches()) for reader in readers]
