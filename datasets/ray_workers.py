@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import socket
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -24,6 +25,9 @@ _Result = TypeVar("_Result")
 
 MAX_RETRIES: Final = 3
 """Times that a task runs again after its process or its node died. More often, and the task itself is what kills them."""
+
+TIMEOUT_SECONDS: Final = 10
+"""Longest wait for a cluster to answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,8 +90,11 @@ class RayWorkers:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
             own = {"num_cpus": self._config.num_workers * self._config.cpus_per_task, "include_dashboard": False}
         try:
+            if ":" in address:  # where nobody listens, Ray would go on asking for minutes
+                host, port = address.split(":")
+                socket.create_connection((host, int(port)), TIMEOUT_SECONDS).close()
             ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **own)
-        except (OSError, RuntimeError, ValueError) as error:  # OSError: ConnectionError among them
+        except (OSError, OverflowError, RuntimeError, ValueError, ray.exceptions.RayError) as error:  # OverflowError: no such port
             fix = "start one with 'ray start --head', or leave address empty"
             raise ConfigError(
                 "data.workers.address", expected="a Ray cluster that answers", received=f"{address} ({error})", fix=fix
