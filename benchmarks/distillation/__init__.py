@@ -50,6 +50,11 @@ def measure(folder: Path) -> Result:
             sizes[name], reached = _train(file, [*fixed, *settings])
             auc[name].append(reached)
             print(f"seed {seed}, {name}: {reached:.5f}", flush=True)
+    return summary(auc, sizes)
+
+
+def summary(auc: dict[str, list[float]], sizes: dict[str, int]) -> Result:
+    """The table and the verdict, of test AUC by model and seed."""
     shares = {name: _recovered(auc["teacher"], auc[ALONE], auc[name]) for name in (PLAIN, UNLABELED)}
     rows = []
     for name, values in auc.items():
