@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mlenv.errors import ConfigError, nearest
 
-_WRAPPERS = ("", "module.", "_dmp_wrapped_module.")
+_WRAPPERS = ("", "module.", "_dmp_wrapped_module.", "_dmp_wrapped_module.module.")
 """Before the names of a model's parts where it is wrapped for several processes."""
 
 
