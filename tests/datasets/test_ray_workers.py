@@ -115,7 +115,7 @@ def assert_same(batches, expected):
     for batch, other in zip(batches, expected, strict=True):
         assert batch.position == other.position
         assert batch.metadata.equals(other.metadata)
-        assert batch.sparse.counts == other.sparse.counts
+        assert batch.sparse.value_counts == other.sparse.value_counts
         for name in ("values", "lengths"):
             assert torch.equal(getattr(batch.sparse, name), getattr(other.sparse, name))
         for name in ("dense", "labels", "weights", "requests"):
@@ -232,12 +232,13 @@ def test_no_more_windows_are_read_than_wait(folder, address, tmp_path):
         return resources[0] - resources[1]
 
     reader = source(folder, address, data=data, schema=PLAIN, shuffle=False, num_epochs=1)
-    batches = reader.batches()
+    batches, in_use = reader.batches(), []
     for taken in range(1, 6):
         next(batches)
         time.sleep(1)  # a slow training
         assert len(list(tmp_path.iterdir())) <= taken + NUM_WORKERS
-        assert used() < 20 * window_bytes
+        in_use.append(used())
+    assert 0 < max(in_use) < 10 * window_bytes
     batches.close()
     time.sleep(1)
     assert len(list(tmp_path.iterdir())) <= 5 + NUM_WORKERS
@@ -271,7 +272,7 @@ def test_a_training_has_the_same_metrics(demo_arguments, address):
     for kind, settings in {"threads": (), "ray": ("data.workers.kind=ray", f"data.workers.address={address}")}.items():
         file, *overrides = demo_arguments(*settings, output=kind)
         results[kind] = train(compose(file, overrides)).evaluation.metrics
-    assert results["threads"] == results["ray"]
+    np.testing.assert_equal(results["threads"], results["ray"])  # exactly; nan is nan
 
 
 def test_a_cluster_that_was_started_ends_and_one_that_was_joined_stays(folder, address):
