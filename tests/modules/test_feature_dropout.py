@@ -107,7 +107,12 @@ def test_a_ranker_trains_with_it(demo_arguments):
 
 
 def test_a_schema_without_sequences_trains_and_resumes_with_it(demo_arguments):
-    without = ["schema.features.history=null", "schema.tables.history_action=null", "schema.features.user_country.default=null"]
+    without = [
+        "schema.features.history=null",
+        "checks.may_drift=[is_weekend]",
+        "schema.tables.history_action=null",
+        "schema.features.user_country.default=null",
+    ]
     constant = "loop.learning_rate_decay=none"
     file, *overrides = demo_arguments(*without, constant, "model.feature_dropout={rate: 0.2}")
     assert train(compose(file, [*overrides, "loop.max_steps=3"])).steps == 3

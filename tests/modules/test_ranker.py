@@ -45,7 +45,9 @@ def nulls(ads, tmp_path_factory):
 )
 def test_all_null_columns_and_empty_bags_leave_all_finite(nulls, demo_arguments, sequence, experts, engine):
     model = [f"model.sequences.history={sequence}", f"model.experts.kind={experts}", f"model.crossing={json.dumps(EVERY_CROSSING)}"]
-    file, *overrides = demo_arguments(*model, f"embeddings.engine={engine}", f"data.path={nulls}", "data.test=null", "data.allow_missing_days=true")
+    file, *overrides = demo_arguments(
+        *model, f"embeddings.engine={engine}", f"data.path={nulls}", "data.test=null", "data.allow_missing_days=true"
+    )
     with Experiment(compose(file, overrides)) as experiment:
         for batch in experiment.source("train").batches():
             logits = experiment.model(batch)
