@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
 
@@ -27,8 +28,21 @@ def write_day_partitions(days: Iterable[tuple[date, pa.Table]], out: Path, *, ro
 def write_parts(parts: Iterable[tuple[str, pa.Table]], out: Path, *, row_group_rows: int = ROW_GROUP_ROWS) -> None:
     """Writes the rows of each part to ``out/PART/part-00000.parquet``.
 
-    ``out`` appears at the end, complete; until then the files lie in a temporary folder beside it, which goes away
-    when anything fails. ``parts`` yields each part once; it is not started when ``out`` cannot be written.
+    ``out`` appears at the end, complete. ``parts`` yields each part once; it is not started when ``out`` cannot be written.
+
+    Raises:
+        DataError: see ``new_folder``.
+    """
+    with new_folder(out) as unfinished:
+        for name, rows in parts:
+            folder = unfinished / name
+            folder.mkdir()
+            pq.write_table(rows, folder / "part-00000.parquet", row_group_size=row_group_rows)
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder to write into, which becomes ``out`` when all is done; until then it lies beside it, and goes away on any failure.
 
     Raises:
         DataError: ``out`` exists and is not an empty folder, or the folder that it lies in does not exist.
@@ -38,10 +52,7 @@ def write_parts(parts: Iterable[tuple[str, pa.Table]], out: Path, *, row_group_r
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
         unfinished = Path(temporary, out.name)  # one level down: the temporary folder itself is closed to other users
         unfinished.mkdir()
-        for name, rows in parts:
-            folder = unfinished / name
-            folder.mkdir()
-            pq.write_table(rows, folder / "part-00000.parquet", row_group_size=row_group_rows)
+        yield unfinished
         unfinished.rename(out)
 
 

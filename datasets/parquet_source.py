@@ -6,12 +6,13 @@ import datetime
 import hashlib
 import json
 import logging
+from collections import defaultdict
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -20,13 +21,13 @@ import pyarrow.parquet as pq
 
 from mlenv.batch import START, Batch, Extra, Position
 from mlenv.composition import to_plain
-from mlenv.config import TRANSFORMS, DataConfig, WindowConfig, is_day
+from mlenv.config import TRANSFORMS, DataConfig, TableTransform, WindowConfig, is_day
 from mlenv.datasets.columns import check_columns, extra_columns
 from mlenv.datasets.encoded_rows import EncodedRows, Integers, join, tell_apart, to_batch
 from mlenv.datasets.encoding import RowError, encode
-from mlenv.errors import ConfigError, DataError, MlenvError, PlacedError, Problems
+from mlenv.errors import ConfigError, DataError, MlenvError, PlacedError, Problems, placed_under
 from mlenv.schema import Schema
-from mlenv.transforms import Plan, Rows, Transforms
+from mlenv.transforms import Plan, Rows, Transforms, open_tables
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +90,7 @@ class ParquetSource:
         if "requests" in extras and not schema.request:
             raise ConfigError("schema.request", expected="the column that groups rows shown together", received=schema.request)
         self._config, self._window = config, window
-        self._transforms = Transforms(config.transforms, schema.row_key, is_training=is_training)
+        self._transforms = Transforms(open_tables(config.transforms, schema.event_time), schema.row_key, is_training=is_training)
         self._plan = self._transforms.plan((*schema.columns, *extra_columns(schema, extras)))
         self._filesystem, self._data = open_folder(config.path)
         self._root = str(PurePosixPath(self._data, window.path))
@@ -141,6 +142,27 @@ class ParquetSource:
         return frozenset.intersection(*(frozenset(columns.names) for columns in self._columns_by_file.values()))
 
     @property
+    def row_groups(self) -> Sequence[RowGroup]:
+        """Row groups with rows that can be read, in the order of the files."""
+        return self._row_groups
+
+    def stored_schema(self, file: str) -> pa.Schema:
+        """Columns of a file, and those that its folders' names make."""
+        return self._columns(file, self._footers[file])
+
+    def read(self, group: RowGroup, columns: tuple[str, ...]) -> pa.RecordBatch:
+        """Columns of a row group as stored, before any transform.
+
+        Raises:
+            DataError: the row group cannot be read.
+        """
+        return self._read(group, columns)
+
+    def relative(self, file: str) -> str:
+        """A file's path under ``data.path``."""
+        return str(PurePosixPath(file).relative_to(self._data))
+
+    @property
     def fingerprint(self) -> str:
         """Twelve hex digits of the files, their row groups, their rows and the transforms; changes when the data does."""
         text = "\n".join(
@@ -148,7 +170,41 @@ class ParquetSource:
         )
         if self._transforms:
             text += "\n" + json.dumps(to_plain(self._config.transforms, TRANSFORMS))
+            text += "".join(f"\n{place} {table.fingerprint}" for place, table in self._tables)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def check_tables(self) -> None:
+        """
+        Raises:
+            ConfigError: a table that ``data.transforms`` join is too large to be held in memory.
+        """
+        for place, table in self._tables:
+            with placed_under(f"data.transforms[{place}]"):
+                table.check_memory()
+
+    @cached_property
+    def joins(self) -> dict[str, dict[str, Any]]:
+        """By key of the config, how many rows find something in the table that is joined, and how old it is, in all and by day.
+
+        Raises:
+            ConfigError: see ``check_tables``.
+            DataError: too few find something, or the table cannot be read.
+        """
+        self.check_tables()
+        joins = {}
+        for place, table in self._tables:
+            plan = self._transforms.plan(table.reads, before=place)
+
+            def measure(group: RowGroup, plan: Plan = plan, look: Callable[[pa.RecordBatch], object] = table.measure) -> object:
+                return look(self._transformed(group, plan, self._read(group, plan.stored), self._dropped[group])[0])
+
+            _ = self._dropped  # surveyed before the threads ask for it
+            by_day = defaultdict(list)
+            for group, measured in zip(self._row_groups, self._map(measure, self._row_groups), strict=True):
+                by_day[self._partitions(group.file).get("date", "")].append(measured)
+            with placed_under(f"data.transforms[{place}]"):
+                joins[f"data.transforms[{place}]"] = table.conclude(by_day, str(self._window))
+        return joins
 
     def batches(self, start: Position = START) -> Generator[Batch, None, None]:
         """Batches of ``batch_size`` examples from a position on; only the very last one may be shorter.
@@ -185,6 +241,11 @@ class ParquetSource:
     def close(self) -> None:
         """Ends what was started for the workers."""
         self._workers.close()
+
+    @property
+    def _tables(self) -> list[tuple[int, TableTransform]]:
+        """Joins whose columns somebody reads, with their places."""
+        return [(place, one) for place, one in self._plan.steps if isinstance(one, TableTransform)]
 
     def _encoded_windows(self, start: Position) -> Iterator[tuple[int, int, EncodedRows]]:
         """Windows in order, read ahead by the workers."""

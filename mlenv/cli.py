@@ -102,6 +102,12 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("feature", help="feature, or feature.field of a sequence")
     made.add_argument("--min-count", type=int, default=1, help="leave out ids that occur less often")
 
+    made = verb(
+        data, "backfill", _backfill, "Write the data set of a config with the columns of its joins added, so that no later run joins."
+    )
+    made.add_argument("config", type=Path, help="YAML file; settings may follow as key=value")
+    made.add_argument("--out", type=Path, required=True, help="new folder for the data set")
+
     made = verb(verbs, "ui", _ui, "Open MLflow on the runs tracked here.")
     made.add_argument("--uri", default="", help="where the runs are, as in tracking.uri; otherwise where training puts them by default")
     made.add_argument("--port", type=int, default=5000)
@@ -196,6 +202,21 @@ def _convert(options: argparse.Namespace) -> int:
     convert = {"frappe": convert_frappe, "kuairand": convert_kuairand}[options.dataset]
     convert(options.source, options.out)
     print(f"wrote {options.out}")
+    return DONE
+
+
+def _backfill(options: argparse.Namespace) -> int:
+    from mlenv.composition import compose
+    from mlenv.datasets.backfill import backfill
+    from mlenv.dry_run import check_data
+
+    config = compose(options.config, options.overrides)
+    if options.dry_run:
+        check_data(config, joins_in_memory=False)
+        print(f"would write {config.data.path} with the columns of its joins to {options.out}")
+        return DONE
+    num_rows = backfill(config.data, config.schema, options.out)
+    print(f"wrote {num_rows:,} rows to {options.out}")
     return DONE
 
 

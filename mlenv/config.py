@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.util
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count, islice
 from pathlib import PurePosixPath
@@ -131,6 +131,40 @@ class WindowTransformConfig(_RowTransform, Protocol):
         """What follows from the surveys of all row groups, in the order of the files."""
 
 
+@runtime_checkable
+class TableTransformConfig(Protocol):
+    """Adds columns of a table that lies beside the data."""
+
+    @property
+    def writes(self) -> tuple[str, ...]:
+        """Columns that it makes, new or in place of others."""
+
+    @property
+    def sampling_seed(self) -> int | None:
+        """None: it draws nothing."""
+
+    def open(self, event_time: str) -> TableTransform:
+        """What acts on rows; ``event_time`` is the schema's."""
+
+
+@runtime_checkable
+class TableTransform(TransformConfig, Protocol):
+    """A transform whose table is opened, and whose rows are read when they are first asked for."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when the table does."""
+
+    def check_memory(self) -> None:
+        """Raises ConfigError when the table is too large to act on rows."""
+
+    def measure(self, rows: pa.RecordBatch) -> Any:
+        """How many of these rows find something in the table."""
+
+    def conclude(self, by_day: Mapping[str, Sequence[Any]], window: str) -> dict[str, Any]:
+        """What is kept of the measures of a window; raises DataError when they show that the join does not work."""
+
+
 TRANSFORMS: dict[str, type | str] = {
     "bucket": "mlenv.datasets.transforms.values:BucketConfig",
     "clip": "mlenv.datasets.transforms.values:ClipConfig",
@@ -139,6 +173,7 @@ TRANSFORMS: dict[str, type | str] = {
     "exclude_outliers": "mlenv.datasets.transforms.outliers:ExcludeOutliersConfig",
     "filter": "mlenv.datasets.transforms.filter:FilterConfig",
     "hash": "mlenv.datasets.transforms.values:HashConfig",
+    "join": "mlenv.datasets.transforms.join:JoinConfig",
     "python": "mlenv.datasets.transforms.python_function:PythonConfig",
     "sample": "mlenv.datasets.transforms.sampling:SampleConfig",
     "sample_negatives": "mlenv.datasets.transforms.sampling:SampleNegativesConfig",
@@ -302,7 +337,7 @@ class DataConfig:
     """Days until a label is known: at least as many lie between the training window and the test window."""
     allow_missing_days: bool = False
     """Whether a window may have days without rows that it does not skip."""
-    transforms: tuple[TransformConfig | WindowTransformConfig, ...] = kind_field(TRANSFORMS, default=())
+    transforms: tuple[TransformConfig | WindowTransformConfig | TableTransformConfig, ...] = kind_field(TRANSFORMS, default=())
     """What happens to the rows before the schema reads them, in order. The columns that they make act as columns of the files."""
     on_bad_file: Literal["fail", "skip"] = "fail"
     """skip passes over row groups that cannot be read; to know them before the first step the rows are read once more."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import logging
 from functools import cached_property
 from pathlib import Path
@@ -52,6 +53,9 @@ _MAY_CHANGE = (
     *("loop.log_every_steps", "loop.checkpoint_every_steps", "loop.keep_checkpoints", "loop.stop_after_evaluations", "loop.device"),
 )
 """Keys that a resumed training may set anew; any other would make it another model."""
+
+JOINS = "joins.json"
+"""What the joins of a training found, by window."""
 
 _HEADER = "# What mlenv composed of defaults, files and overrides.\n"
 
@@ -237,6 +241,11 @@ class Experiment:
                 prints |= {f"{split} data {name}": "; ".join([*lines[:NAMED_FACTS], *more])} if lines else {}
         if "teach" in self.__dict__:
             prints |= {f"{name} fingerprint": text for name, text in self._teacher_fingerprint.items()}
+        prints |= {
+            f"{split} join {join['table']}": f"{join['match_rate']:.2%} of {join['rows']:,} rows find something"
+            for split, source in self._sources.items()
+            for join in source.joins.values()
+        }
         return {**windows, **prints, "device": str(self.fabric.device), **run_tags()}
 
     @property
@@ -372,6 +381,8 @@ class Experiment:
         temporary = self.output / f".{CONFIG}.part"
         temporary.write_text(_HEADER + to_yaml(self.config))
         temporary.replace(self.output / CONFIG)
+        if joins := {split: source.joins for split, source in self._sources.items() if source.joins}:
+            (self.output / JOINS).write_text(json.dumps(joins, indent=2))
         tracking = self.config.tracking
         if not tracking.enabled:
             return
@@ -379,6 +390,8 @@ class Experiment:
         params = {key: str(value) for key, value in _flat(to_plain(self.config)).items() if not key.startswith("schema.")}
         self._tracker.start(params, self.facts)
         self.keep(self.output / CONFIG)
+        if joins:
+            self.keep(self.output / JOINS)
 
 
 def _plain(text: str) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def train(config: ExperimentConfig) -> TrainingResult:
     with Experiment(config) as experiment:
         splits: list[Split] = [split for split in SPLITS if getattr(config.data, split) is not None]
         for split in splits:
-            experiment.source(split)  # all windows are checked before the first step
+            _ = experiment.source(split).joins  # all windows are checked before the first step
         statistics = _training_statistics(experiment)
         if config.checks.before_training:
             _check_training_window(statistics, config)

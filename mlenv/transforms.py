@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from mlenv.config import TransformConfig, WindowTransformConfig
+from mlenv.config import TableTransformConfig, TransformConfig, WindowTransformConfig
 from mlenv.errors import ConfigError, nearest, placed_under
 
 Rows = NDArray[np.int64]
@@ -118,6 +118,21 @@ class Transforms:
 
     def _reads(self, transform: TransformConfig | WindowTransformConfig) -> tuple[str, ...]:
         return transform.reads if transform.sampling_seed is None else (*transform.reads, *self._row_key)
+
+
+def open_tables(
+    transforms: Sequence[TransformConfig | WindowTransformConfig | TableTransformConfig], event_time: str
+) -> tuple[TransformConfig | WindowTransformConfig, ...]:
+    """Transforms of a config with the tables opened that they join.
+
+    Raises:
+        ConfigError, DataError: a table or a column of it is not there, or cannot be used.
+    """
+    opened: list[TransformConfig | WindowTransformConfig] = []
+    for place, one in enumerate(transforms):
+        with placed_under(f"data.transforms[{place}]"):
+            opened.append(one.open(event_time) if isinstance(one, TableTransformConfig) else one)
+    return tuple(opened)
 
 
 def _without(rows: pa.RecordBatch, dropped: Rows) -> pa.RecordBatch:
