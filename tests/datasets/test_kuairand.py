@@ -13,8 +13,11 @@ import yaml
 
 from mlenv.composition import from_plain
 from mlenv.config import DataConfig, WindowConfig
-from mlenv.datasets.kuairand import convert_kuairand, convert_kuairand_log
+from mlenv.datasets.csv_table import ID, read_csv
+from mlenv.datasets.kuairand import USER_COLUMNS, USERS, VIDEO_COLUMNS, VIDEOS, convert_kuairand, convert_kuairand_log
 from mlenv.datasets.parquet_source import ParquetSource
+from mlenv.datasets.transforms.derive import DeriveConfig
+from mlenv.datasets.transforms.join import JoinConfig
 from mlenv.errors import DataError
 from mlenv.schema import Schema
 
@@ -240,3 +243,26 @@ def test_the_real_log_gives_the_histories_of_the_real_sample(tmp_path):
     assert both["hist_long_view"].to_list() == both["hist_long_view_log"].to_list()
     for name in ("author_id", "tag", "video_type", "music_type", "user_active_degree", "onehot_feat3", "tab", "click"):
         assert both[name].equals(both[f"{name}_log"].alias(name), null_equal=True), name
+
+
+@needs_real_data
+def test_features_joined_at_training_time_are_those_that_the_converter_joins(tmp_path):
+    """The log without users and videos, and their files as tables: read through joins, each row is the converter's."""
+    convert_kuairand_log(REAL, tmp_path / "joined")
+    first = "date=2022-04-25/part-00000.parquet"
+    expected = pq.ParquetFile(tmp_path / "joined" / first).read()
+    added = [*USER_COLUMNS, *VIDEO_COLUMNS]
+    (tmp_path / "log" / first).parent.mkdir(parents=True)
+    pq.write_table(expected.drop_columns(added), tmp_path / "log" / first, row_group_size=20_000)
+    read_csv(REAL / USERS, {"user_id": ID, **USER_COLUMNS}).write_parquet(tmp_path / "users.parquet")
+    read_csv(REAL / VIDEOS, {"video_id": ID, **VIDEO_COLUMNS}).write_parquet(tmp_path / "videos.parquet")
+    transforms = (
+        JoinConfig(table=str(tmp_path / "users.parquet"), key=("user_id",), columns=tuple(USER_COLUMNS), min_match_rate=0.9),
+        JoinConfig(table=str(tmp_path / "videos.parquet"), key=("video_id",), columns=tuple(VIDEO_COLUMNS), min_match_rate=0.9),
+        DeriveConfig(column="music_type", sql="COALESCE(music_type, -1)"),
+    )
+    schema = from_plain(yaml.safe_load(SCHEMA.read_text())["schema"], Schema, "schema")
+    reader = ParquetSource(DataConfig(path=str(tmp_path / "log"), train=WindowConfig(), transforms=transforms), WindowConfig(), schema)
+    read = pa.Table.from_batches(list(reader.record_batches(tuple(expected.schema.names))))
+    for name in expected.schema.names:
+        assert read.column(name).to_pylist() == expected.column(name).to_pylist(), name

@@ -85,9 +85,7 @@ def by_hand(side, rows, delay, max_age):
 
 
 @settings(max_examples=150)
-@given(
-    st.lists(SIDE_ROW, min_size=1, max_size=25), st.lists(ROW, max_size=25), st.integers(0, 3), st.integers(0, 5), st.integers(1, 3)
-)
+@given(st.lists(SIDE_ROW, min_size=1, max_size=25), st.lists(ROW, max_size=25), st.integers(0, 3), st.integers(0, 5), st.integers(1, 3))
 def test_equals_a_loop_over_the_rows_whatever_the_cut(tmp_path_factory, side, rows, delay, max_age, files):
     table = write(tmp_path_factory.mktemp("join"), side_table(side), files=files)
     config = JoinConfig(
@@ -154,9 +152,7 @@ def test_the_rows_of_a_day_are_known_when_its_aggregate_is_ready(tmp_path, kind)
     else:
         column = pa.array(days) if kind == "text" else pa.array(days).cast(pa.date32())
         table, valid_from = write(tmp_path, pa.table({"user": [1] * 3, "day": column, "value": [0, 1, 2]})), "day"
-    config = JoinConfig(
-        table=table, key=("user",), columns=("value",), valid_from=valid_from, ready_at="03:00", time_zone="Europe/Oslo"
-    )
+    config = JoinConfig(table=table, key=("user",), columns=("value",), valid_from=valid_from, ready_at="03:00", time_zone="Europe/Oslo")
     ready = [datetime.datetime(2026, 3, 28, 2), datetime.datetime(2026, 3, 29, 1), datetime.datetime(2026, 7, 2, 1)]
     times = [moment - early for moment in ready for early in (timedelta(milliseconds=1), timedelta())]
     rows = pa.RecordBatch.from_pydict({"user": [1] * 6, "time": pa.array(times, pa.timestamp("ms"))})
