@@ -197,6 +197,41 @@ def test_a_schema_without_ids_trains(demo_arguments, tmp_path):
     assert main(["train", str(tmp_path / "plain.yaml"), *arguments]) == DONE
 
 
+def write_side_table(folder, ads):
+    """A row for every user of the log but the first, who is one of two hundred."""
+    users = sorted({user for file in ads.rglob("*.parquet") for user in pq.ParquetFile(file).read(["user_id"]).column(0).to_pylist()})
+    table = pa.table({"user_id": users[1:], "clicks": [float(user) for user in range(1, len(users))]})
+    pq.write_table(table, folder / "users.parquet")
+
+
+def test_a_join_is_told_kept_and_backfilled(ads, demo_arguments, tmp_path, capsys, refuse):
+    write_side_table(tmp_path, ads)
+    join = f"{{kind: join, table: '{tmp_path / 'users.parquet'}', key: [user_id], columns: [clicks]}}"
+    settings = [f"data.transforms=[{join}]", "schema.features.clicks={kind: numeric}", "loop.max_steps=4"]
+    assert main(["train", *demo_arguments(*settings)]) == DONE
+    joins = json.loads((tmp_path / "run of a test" / "joins.json").read_text())
+    assert sorted(joins) == ["test", "train"]
+    found = joins["train"]["data.transforms[0]"]
+    assert 0.9 < found["match_rate"] < 1
+    assert sorted(found["days"]) == ["2026-01-01", "2026-01-02"]
+
+    small = f"data.transforms=[{join[:-1]}, memory_rows: 50}}]"
+    capsys.readouterr()
+    message = refuse("train", *demo_arguments(small, settings[1], output="other"))
+    assert "data.transforms[0].memory_rows: expected at least the" in message
+    backfill = ["data", "backfill", *demo_arguments(small, settings[1]), "--out", str(tmp_path / "ads with clicks")]
+    assert main([*backfill, "--dry-run"]) == DONE
+    assert not (tmp_path / "ads with clicks").exists()
+    assert main(backfill) == DONE
+    assert main(["train", *demo_arguments(*settings[1:], f"data.path={tmp_path / 'ads with clicks'}", output="later")]) == DONE
+    before, after = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("run of a test", "later"))
+    assert before == after
+
+    capsys.readouterr()
+    strict = f"data.transforms=[{join[:-1]}, min_match_rate: 1.0}}]"
+    assert "min_match_rate" in refuse("train", *demo_arguments(strict, settings[1], output="third"))
+
+
 def test_wrong_usage_ends_with_the_same_code(capsys):
     for arguments in ([], ["trian"], ["train"], ["train", "c.yaml", "--max-steps", "3"]):
         with pytest.raises(SystemExit) as caught:
