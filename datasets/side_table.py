@@ -51,6 +51,11 @@ class SideTable:
         return sum(footer.num_rows for footer in self._footers.values())
 
     @property
+    def modified(self) -> tuple[int | None, ...]:
+        """When each file was written last, where the file system knows."""
+        return tuple(info.mtime_ns for info in self._filesystem.get_file_info(list(self._footers)))
+
+    @property
     def fingerprint(self) -> str:
         """Twelve hex digits of the files with their rows and compressed bytes; changes when the table does."""
         lines = []

@@ -124,7 +124,7 @@ class JoinConfig:
         if self.valid_from and not as_of:
             raise ConfigError("as_of", expected="the time of the event, here or in schema.event_time", received="")
         join = Join(self, as_of)
-        return _OPENED.setdefault(f"{self!r} {as_of} {join.fingerprint}", join)
+        return _OPENED.setdefault(f"{self!r} {as_of} {join.fingerprint} {join.table.modified}", join)
 
 
 class Join:
