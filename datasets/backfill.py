@@ -240,6 +240,7 @@ def _groups(data: DataConfig, schema: Schema) -> list[Stored]:
         if (window := getattr(data, name)) is not None:
             source = ParquetSource(data, window, schema, is_training=name == "train")
             groups |= {group: source for group in source.row_groups if group not in groups}
+            source.close()
     return sorted(((source, group) for group, source in groups.items()), key=lambda stored: (stored[1].file, stored[1].index))
 
 

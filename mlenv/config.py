@@ -746,7 +746,7 @@ def _waiting_problems(data: DataConfig) -> Iterator[MlenvError]:
 
 
 def _is_transform(value: object) -> bool:
-    return isinstance(value, (TransformConfig, WindowTransformConfig))
+    return isinstance(value, (TransformConfig, WindowTransformConfig, TableTransformConfig))
 
 
 def _transform_problems(config: ExperimentConfig) -> Iterator[MlenvError]:
@@ -755,7 +755,7 @@ def _transform_problems(config: ExperimentConfig) -> Iterator[MlenvError]:
     for place, transform in enumerate(config.data.transforms):
         kind, key = kind_of(transform, TRANSFORMS), f"data.transforms[{place}]"
         if not _is_transform(transform):
-            expected = "a class with the members of mlenv.config.TransformConfig, or of WindowTransformConfig"
+            expected = "a class with the members of mlenv.config.TransformConfig, WindowTransformConfig or TableTransformConfig"
             yield ConfigError(f"{key}.kind", expected=expected, received=kind)
             continue
         if transform.sampling_seed is not None:

@@ -44,8 +44,8 @@ class JoinConfig:
     ``ready_at`` say how long after ``valid_from`` that was. Of rows equally late the last counts, files in the order of their
     names. Times count in microseconds: an event's is rounded down, a row's up.
 
-    The table is held in memory. Keys are told apart by a hash of 64 bits, which is exact for a single column of integers;
-    else the chance that one of ten million keys finds the row of another among ten million is 0.0005 %.
+    The table is held in memory, by each process that decodes. Keys are told apart by a hash of 64 bits, which is exact for a
+    single column of integers; else the chance that one of ten million keys finds the row of another among ten million is 0.0005 %.
     """
 
     table: str
@@ -149,6 +149,10 @@ class Join:
             _check_time("valid_from", config.valid_from, self.table.schema.field(config.valid_from).type, text_days=True)
         self._lock = threading.Lock()
         self._held: Lookup | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """In another process the table is opened again, and held once for all who join it there."""
+        return JoinConfig.open, (self.config, self._as_of)
 
     @property
     def reads(self) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import datetime
 import gc
 from datetime import UTC, timedelta
@@ -207,6 +208,18 @@ def test_windows_share_a_table_that_did_not_change(tmp_path):
     assert config.open("").fingerprint != first.fingerprint
     del first
     gc.collect()
+
+
+def test_a_process_opens_the_table_itself(tmp_path):
+    config = JoinConfig(table=write(tmp_path, pa.table({"user": [1], "age": [40]})), key=("user",), columns=("age",))
+    rows = pa.RecordBatch.from_pydict({"user": [1, 2]})
+    join = config.open("")
+    expected = join.apply(rows, ())
+    make, arguments = join.__reduce__()
+    assert copy.copy(join) is join  # shared within a process
+    del join
+    gc.collect()
+    assert make(*arguments).apply(rows, ()).equals(expected)
 
 
 SIDE = pa.table({"user": [1, 2], "place": ["a", "b"], "since": pa.array([START, START], TIMES), "number": [1.0, 2.0], "age": [40, 1]})
