@@ -6,8 +6,9 @@ import logging
 import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakValueDictionary
 
@@ -152,7 +153,8 @@ class Join:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """In another process the table is opened again, and held once for all who join it there."""
-        return JoinConfig.open, (self.config, self._as_of)
+        table = self.config.table if "://" in self.config.table else str(Path(self.config.table).absolute())
+        return JoinConfig.open, (replace(self.config, table=table), self._as_of)
 
     @property
     def reads(self) -> tuple[str, ...]:

@@ -25,6 +25,7 @@ from mlenv.datasets.ray_workers import MAX_RETRIES, RayConfig
 from mlenv.datasets.transforms.deduplicate import DeduplicateConfig
 from mlenv.datasets.transforms.derive import DeriveConfig
 from mlenv.datasets.transforms.filter import FilterConfig
+from mlenv.datasets.transforms.join import JoinConfig
 from mlenv.datasets.transforms.sampling import SampleNegativesConfig
 from mlenv.errors import ConfigError, DataError, MlenvError, Problems, TrainingError
 from mlenv.schema import Categorical, DenseVector, Label, MultiCategorical, Numeric, Schema, Table
@@ -153,6 +154,16 @@ def test_rows_their_order_and_every_restart_are_those_of_threads(folder, address
     assert_same(list(reader.batches()), expected)
     for place in (0, len(expected) // 2, len(expected) - 2):
         assert_same(list(source(folder.name, address).batches(expected[place].position)), expected[place + 1 :])
+
+
+def test_each_process_joins_a_table_that_it_opens_itself(folder, address, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pq.write_table(pa.table({"age": np.arange(80), "ratio": np.arange(80) / 8}), tmp_path / "ages.parquet")
+    join = JoinConfig(table="ages.parquet", key=("age",), columns=("ratio",))
+    data = {"transforms": (TRANSFORMS[0], join, TRANSFORMS[3])}
+    threads, cluster = (source(folder, where, data=data) for where in (None, address))
+    assert cluster.joins == threads.joins
+    assert_same(list(cluster.batches()), list(threads.batches()))
 
 
 def test_ranks_share_the_rows_of_one_cluster_out(folder, address):
