@@ -162,6 +162,9 @@ def _vectors(values: pa.Array, column: DenseColumn) -> Floats:
 
 def _check_finite(floats: Floats, column: str) -> None:
     """Refuses infinities, which would spread through means and sums to every example."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        if np.isfinite(floats.sum()):  # one pass for most columns; NaN, which may pass, goes on
+            return
     if np.isinf(np.fmax.reduce(floats, axis=None, initial=0)) or np.isinf(np.fmin.reduce(floats, axis=None, initial=0)):  # past NaN
         row, *_ = np.argwhere(np.isinf(floats))[0]
         raise RowError(

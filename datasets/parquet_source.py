@@ -402,8 +402,10 @@ class ParquetSource:
         for column in (column for column in columns if column in partitions):
             table = table.append_column(column, pa.array([partitions[column]] * group.num_rows))
         table = table.select(list(columns))
-        batches = table.combine_chunks().to_batches()
+        batches = table.to_batches()
         if len(batches) > 1:
+            batches = table.combine_chunks().to_batches()
+        if len(batches) > 1:  # Arrow cannot combine more
             fix = "write smaller row groups"
             raise DataError(f"{group.file}, row group {group.index}", expected="columns of less than 2 GiB", received="more", fix=fix)
         return batches[0]
