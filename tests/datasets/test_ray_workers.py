@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -82,8 +82,8 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory) -> Iterator[str]:
-    """A cluster that the tests join; its workers run in another folder than the tests."""
+def cluster(tmp_path_factory) -> Iterator[Any]:
+    """One that the tests join; its workers run in another folder than the tests."""
     ray = pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
@@ -92,9 +92,14 @@ def address(tmp_path_factory) -> Iterator[str]:
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "object_store_memory": 100 << 20, "include_dashboard": False})
     os.chdir(before)
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the transforms below; a user's own are installed
-    yield cluster.address
+    yield cluster
     ray.shutdown()
     cluster.shutdown()
+
+
+@pytest.fixture(scope="module")
+def address(cluster) -> str:
+    return cluster.address
 
 
 def source(folder, address=None, *, data=None, schema=SCHEMA, extras=("metadata", "requests"), **options):
@@ -223,6 +228,22 @@ def test_a_killed_worker_costs_a_window_and_no_row(folder, address, tmp_path):
     assert sorted(keys(batches)) == list(range(DAYS * ROWS))
     groups = DAYS * ROWS // GROUP
     assert groups < len(list(tmp_path.iterdir())) <= groups + 2 * NUM_WORKERS  # what died was read again
+
+
+def test_a_lost_node_costs_windows_and_no_row(folder, cluster):
+    """A node joins that takes all tasks, and is gone in the middle, with what it had made; another takes its place."""
+    import ray
+
+    data = {"transforms": (), "shuffle_rows": 1000, "workers": RayConfig(num_workers=NUM_WORKERS, cpus_per_task=3, address=cluster.address)}
+    expected = list(source(folder, data={"transforms": (), "shuffle_rows": 1000}, schema=PLAIN).batches())
+    lost = cluster.add_node(num_cpus=6, object_store_memory=100 << 20)
+    batches = source(folder, data=data, schema=PLAIN).batches()
+    first = [next(batches) for _ in range(20)]
+    other = cluster.add_node(num_cpus=6, object_store_memory=100 << 20)
+    cluster.remove_node(lost, allow_graceful=False)
+    assert_same([*first, *batches], expected)
+    assert sum(node["Alive"] for node in ray.nodes()) == 2
+    cluster.remove_node(other)
 
 
 def test_a_row_that_kills_every_worker_ends_the_training(folder, address, tmp_path):
