@@ -155,9 +155,6 @@ class TableTransform(TransformConfig, Protocol):
     def fingerprint(self) -> str:
         """Changes when the table does."""
 
-    def check_memory(self) -> None:
-        """Raises ConfigError when the table is too large to act on rows."""
-
     def measure(self, rows: pa.RecordBatch) -> Any:
         """How many of these rows find something in the table."""
 
