@@ -112,8 +112,14 @@ def _groups(data: DataConfig, schema: Schema) -> list[Stored]:
 def _check_movable(transforms: Sequence[TransformConfig | WindowTransformConfig], place: int) -> None:
     """
     Raises:
-        ConfigError: a transform before a join touches a column that the join writes, and would then see the joined one.
+        ConfigError: a transform before a join touches a column that the join writes, and would then see the joined one; or
+            the transform drops rows.
     """
+    if transforms[place].drops_rows:
+        fix = "set mask_column, or leave the transform to the reader"
+        raise ConfigError(
+            f"data.transforms[{place}]", expected="a transform that leaves every row in", received="one that drops rows", fix=fix
+        )
     for earlier, one in enumerate(transforms[:place]):
         for name in set(transforms[place].writes) & {*one.reads, *one.writes}:
             fix = "rename the joined column"
