@@ -15,6 +15,7 @@ from typing import IO
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from mlenv.datasets.lookup import HASH, TIME, Hashes, Integers, Lookup, one_array, sort_rows
 from mlenv.errors import DataError
@@ -152,10 +153,10 @@ def _scatter(parts: Iterable[pa.RecordBatch], files: Sequence[IO[bytes]]) -> Non
                     writer.write_batch(in_order.slice(start, stop - start))
 
 
-def _bucket_of(hashes: Hashes, num_buckets: int) -> Integers:
+def _bucket_of(hashes: Hashes, num_buckets: int) -> NDArray[np.int16]:
     """Equal ranges of hashes: the buckets in their order hold the table in the order in which a lookup in memory has it, so that
     both find the same key first that has several rows."""
-    return ((hashes >> np.uint64(32)) * np.uint64(num_buckets) >> np.uint64(32)).astype(np.int64)
+    return ((hashes >> np.uint64(32)) * np.uint64(num_buckets) >> np.uint64(32)).astype(np.int16)  # which NumPy sorts by radix
 
 
 def _keep(rows: pa.Table) -> pa.Table:

@@ -104,7 +104,7 @@ def sort_rows(parts: Iterable[pa.RecordBatch], schema: pa.Schema, known: Callabl
     hashes = np.concatenate([np.zeros(0, np.uint64), *(rows.column(0).to_numpy() for rows in batches)])
     times = None if known is None else np.concatenate([np.zeros(0, np.int64), *(rows.column(1).to_numpy() for rows in batches)])
     del batches
-    order = np.argsort(hashes, kind="stable") if times is None else np.lexsort((times, hashes))
+    order = np.argsort(hashes) if times is None else np.lexsort((times, hashes))
     hashes = hashes[order]
     if known is None or times is None:
         is_same = hashes[1:] == hashes[:-1]

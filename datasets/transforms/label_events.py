@@ -16,13 +16,14 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from mlenv.datasets.disk_lookup import DiskLookup, open_lookup
+from mlenv.datasets.hashing import splitmix64
 from mlenv.datasets.join_report import Matches, count_ages, report
 from mlenv.datasets.lookup import HASH, TIME, Integers, Lookup
 from mlenv.datasets.side_table import SideTable, absolute
 from mlenv.datasets.table_keys import check_keys, check_new, check_table_key, hash_keys
 from mlenv.datasets.times import check_duration, check_time, duration, microseconds
 from mlenv.datasets.transforms.expressions import columns_of, evaluate, parse, require_boolean, require_columns, with_column, with_field
-from mlenv.errors import ConfigError, DataError, check_at_least
+from mlenv.errors import ConfigError, DataError, check_at_least, placed_under
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,8 @@ _MICROSECOND = datetime.timedelta(microseconds=1)
 @dataclass(frozen=True, kw_only=True)
 class LabelEventsConfig:
     """Writes 1 where the table has an event of the row's key from the time of the row until ``window`` later, both ends included,
-    and 0 where it has none. Times count in whole microseconds, rounded down.
+    and 0 where it has none. Times count in whole microseconds, rounded down. An event counts for every such row of its key, or with
+    ``touches`` for the last one before it alone.
 
     A label is known once ``window`` and ``wait`` have passed: when time of the row + ``window`` + ``wait`` is not after the moment up
     to which events are complete. Before that it is null, *even if an event is there already*: the young rows with an event would be
@@ -66,6 +68,10 @@ class LabelEventsConfig:
     event in the table when empty, of whatever kind. Never the clock: the same config gives the same labels tomorrow."""
     mask_column: str = ""
     """Column to write whether the label is known, for ``schema.labels.TASK.mask``; when empty, rows with an unknown label leave."""
+    touches: str = ""
+    """Table of all rows that an event can be credited to, with the columns ``key`` and ``as_of``, such as the folder of the data with all
+    its days: an event then counts for the last of its key at or before it alone, whatever window is read; empty for every row.
+    Rows with one key and one time are credited together."""
     count_column: str = ""
     """Column to write the number of events to, for features of another kind or another label."""
     delay_column: str = ""
@@ -122,7 +128,8 @@ class LabelEventsConfig:
         if not as_of:
             raise ConfigError("as_of", expected="the time of the row, here or in schema.event_time", received="")
         labels = LabelEvents(self, as_of)
-        return _OPENED.setdefault(f"{self!r} {as_of} {labels.fingerprint} {labels.table.modified}", labels)
+        modified = [table.modified for table in labels.tables]
+        return _OPENED.setdefault(f"{self!r} {as_of} {labels.fingerprint} {modified}", labels)
 
 
 class _Events(NamedTuple):
@@ -167,6 +174,12 @@ class LabelEvents:
             kind = self.table.schema.field(name).type
             if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)):
                 raise ConfigError(f"sums.{name}", expected="a column of numbers", received=f"{name}, which is {kind}")
+        self._touches: SideTable | None = None
+        if config.touches:
+            with placed_under("touches"):
+                self._touches = SideTable(config.touches, dict.fromkeys(config.key, "key") | {as_of: "as_of"})
+                check_time("as_of", as_of, self._touches.schema.field(as_of).type, days=False)
+                check_keys(config.key, self._touches.schema, self._table_key, self.table.schema)
         if not config.complete_until:
             self.table.require_rows("write its rows first, or say in complete_until up to when there were no events")
         self._lock = threading.Lock()
@@ -174,7 +187,14 @@ class LabelEvents:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """In another process the table is opened again, and held once for all who read it there."""
-        return LabelEventsConfig.open, (replace(self.config, table=absolute(self.config.table)), self._as_of)
+        config = self.config
+        here = replace(config, table=absolute(config.table), touches=absolute(config.touches) if config.touches else "")
+        return LabelEventsConfig.open, (here, self._as_of)
+
+    @property
+    def tables(self) -> tuple[SideTable, ...]:
+        """Those that are read."""
+        return (self.table,) if self._touches is None else (self.table, self._touches)
 
     @property
     def drops_rows(self) -> bool:
@@ -190,8 +210,8 @@ class LabelEvents:
 
     @property
     def fingerprint(self) -> str:
-        """Changes when the table does."""
-        return self.table.fingerprint
+        """Changes when the table does, or that of the touches."""
+        return " ".join(table.fingerprint for table in self.tables)
 
     def held_out(self) -> LabelEvents:
         return self
@@ -239,6 +259,8 @@ class LabelEvents:
         hashes, has_key = hash_keys([rows.column(name) for name in self.config.key])
         times, has_time = microseconds(rows.column(self._as_of), self._as_of)
         ends = times + duration(self.config.window)
+        if self._touches is not None:
+            hashes = _with_time(hashes, times)
         start, stop = self._events.lookup.between(hashes, times, ends)
         # A young row with an event stays unknown too: of the young rows only positives would be known, and the label rate would
         # rise towards the end of the data.
@@ -291,6 +313,7 @@ class LabelEvents:
         Raises:
             DataError: a file cannot be read, or ``where`` cannot be computed on its rows.
         """
+        touches = None if self._touches is None else self._last_touches(self._touches)
         for file, rows in self.table.batches():
             hashes, has_key = hash_keys([rows.column(name) for name in self._table_key])
             times, has_time = microseconds(rows.column(self.config.time), f"{file}, column {self.config.time!r}")
@@ -299,12 +322,30 @@ class LabelEvents:
             counts = has_key & has_time
             if self.config.where:
                 counts &= pc.fill_null(evaluate(self.config.where, rows, "where"), False).to_numpy(zero_copy_only=False)
+            if touches is not None:
+                places = touches.find(hashes, times)
+                hashes, counts = _with_time(hashes, touches.times_at(places)), counts & (places >= 0)
             values = [pc.fill_null(rows.column(name).cast(pa.float64()), 0.0) for name in self.config.sums]
             names = [HASH, TIME, *self.config.sums]
             yield pa.RecordBatch.from_arrays([pa.array(hashes), pa.array(times), *values], names=names).filter(pa.array(counts))
 
+    def _last_touches(self, table: SideTable) -> Lookup | DiskLookup:
+        def rows_with_time() -> Iterator[pa.RecordBatch]:
+            for file, rows in table.batches():
+                hashes, has_key = hash_keys([rows.column(name) for name in self.config.key])
+                times, has_time = microseconds(rows.column(self._as_of), f"{file}, column {self._as_of!r}")
+                yield pa.record_batch({HASH: hashes, TIME: times}).filter(pa.array(has_key & has_time))
+
+        sizes = {"num_rows": table.num_rows, "memory_rows": self.config.memory_rows}
+        return open_lookup(rows_with_time(), pa.schema([]), lambda times: times, **sizes)
+
 
 _OPENED: WeakValueDictionary[str, LabelEvents] = WeakValueDictionary()
+
+
+def _with_time(hashes: NDArray[np.uint64], times: Integers) -> NDArray[np.uint64]:
+    """Keys of the rows of one time: an event that is credited to a row has the key and the time of that row for its key."""
+    return splitmix64(hashes ^ splitmix64(times.view(np.uint64)))
 
 
 def _moment(text: str) -> int | None:

@@ -82,8 +82,8 @@ def labelled(config, rows, event_time="time"):
     return out
 
 
-def by_hand(events, rows, window, wait, until):
-    """One row after the other: label, mask, number, seconds to the first, sum."""
+def by_hand(events, rows, window, wait, until, touches=None):
+    """One row after the other: label, mask, number, seconds to the first, sum. No later touch of the key lies before the event."""
     out = []
     for key, place, hour in rows:
         if None in (key, place, hour) or hour + window + wait > until:
@@ -92,7 +92,11 @@ def by_hand(events, rows, window, wait, until):
         found = [
             (event[2], event[4] or 0)
             for event in events
-            if event[:2] == (key, place) and event[2] is not None and hour <= event[2] <= hour + window and event[3] == "purchase"
+            if event[:2] == (key, place)
+            and event[2] is not None
+            and hour <= event[2] <= hour + window
+            and event[3] == "purchase"
+            and not any(touch[:2] == (key, place) and touch[2] is not None and hour < touch[2] <= event[2] for touch in touches or ())
         ]
         delay = min(found)[0] - hour if found else None
         out.append((int(bool(found)), True, len(found), None if delay is None else delay * 3600.0, float(sum(price for _, price in found))))
@@ -135,6 +139,48 @@ def test_equals_a_loop_over_rows_and_events(tmp_path_factory, events, rows, wind
     assert parts[0] + parts[1] == out.to_pylist()
     kept = labelled(dataclasses.replace(config, mask_column=""), main_rows(rows))
     assert kept.to_pylist() == out.filter(out.column("known")).drop_columns("known").to_pylist()
+
+
+@settings(max_examples=100)
+@given(
+    events=st.lists(EVENT, max_size=30), rows=st.lists(ROW, max_size=25), window=st.integers(0, 9), memory_rows=st.sampled_from([1, 4, 100])
+)
+def test_the_last_touch_gets_the_event_whatever_part_of_the_rows_is_read(tmp_path_factory, events, rows, window, memory_rows):
+    folder = tmp_path_factory.mktemp("touches")
+    touches = pa.Table.from_batches([main_rows(rows)])
+    config = LabelEventsConfig(
+        table=write(folder, events_table(events)),
+        touches=write(folder, touches, "rows", files=2),
+        key=("user_id", "place"),
+        table_key=("user", "place"),
+        time="happened",
+        where="kind = 'purchase'",
+        window=f"{window}h",
+        complete_until=at(12).isoformat(),
+        memory_rows=memory_rows,
+        **ALL,
+    )
+    cut = len(rows) // 2
+    for part in (rows, rows[:cut], rows[cut:]):
+        out = labelled(config, main_rows(part))
+        expected = by_hand(events, part, window, 0, 12, touches=rows)
+        assert list(zip(*(out.column(name).to_pylist() for name in config.writes), strict=True)) == expected
+
+
+def test_the_table_of_touches_counts_and_is_checked(tmp_path):
+    table = write(tmp_path, happened(pa.array([START + timedelta(hours=2)], TIMES)))
+    rows = row_at(START, START + timedelta(hours=1))
+    touches = write(tmp_path, pa.Table.from_batches([rows]), "touches")
+    labels = LabelEventsConfig(**options(table, touches=touches)).open("time")
+    assert labels.apply(rows, ()).column("label").to_pylist() == [0, 1]
+    make, arguments = labels.__reduce__()
+    assert make(*arguments).apply(rows, ()).column("label").to_pylist() == [0, 1]
+    pq.write_table(pa.Table.from_batches([row_at(START + timedelta(minutes=90))]), f"{touches}/part-1.parquet")
+    changed = LabelEventsConfig(**options(table, touches=touches)).open("time")
+    assert changed.fingerprint != labels.fingerprint
+    assert changed.apply(rows, ()).column("label").to_pylist() == [0, 0]
+    with pytest.raises(ConfigError, match=r"touches\.as_of: expected columns of .*did you mean 'time'"):
+        LabelEventsConfig(**options(table, touches=touches)).open("tim")
 
 
 def options(table="t", **others):
