@@ -73,7 +73,7 @@ class LabelEventsConfig:
     its days: an event then counts for the last of its key at or before it alone, whatever window is read; empty for every row.
     Rows with one key and one time are credited together."""
     count_column: str = ""
-    """Column to write the number of events to, for features of another kind or another label."""
+    """Column to write the number of events to."""
     delay_column: str = ""
     """Column to write the seconds to the first event to; null without one."""
     sums: dict[str, str] = field(default_factory=dict)

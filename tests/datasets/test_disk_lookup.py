@@ -42,9 +42,9 @@ def both(keys, times, memory_rows, known=None):
     return memory, disk
 
 
-def assert_same(memory, disk, hashes, places):
+def assert_same(memory, disk, places):
     """Places are the same too: the buckets are the table in the order of the hashes."""
-    (expected, found) = places
+    expected, found = places
     np.testing.assert_array_equal(found, expected)
     for one, other in zip(memory.take(expected), disk.take(found), strict=True):
         assert type(other) is type(one)
@@ -57,8 +57,8 @@ def test_the_same_rows_are_found_by_key(seed, memory_rows):
     rng = np.random.default_rng(seed)
     memory, disk = both(rng.permutation(400)[:200], None, memory_rows)
     hashes = splitmix64(rng.integers(0, 400, 300).astype(np.uint64))
-    assert_same(memory, disk, hashes, (memory.find(hashes), disk.find(hashes)))
-    assert_same(memory, disk, hashes[:0], (memory.find(hashes[:0]), disk.find(hashes[:0])))
+    assert_same(memory, disk, (memory.find(hashes), disk.find(hashes)))
+    assert_same(memory, disk, (memory.find(hashes[:0]), disk.find(hashes[:0])))
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -70,7 +70,7 @@ def test_the_same_rows_are_found_by_time(seed, memory_rows):
     asked = rng.integers(0, 45, 300)
     hashes, first = splitmix64(asked.astype(np.uint64)), rng.integers(-2, 34, 300)
     places = memory.find(hashes, first), disk.find(hashes, first)
-    assert_same(memory, disk, hashes, places)
+    assert_same(memory, disk, places)
     np.testing.assert_array_equal(*(one.times_at(found)[found >= 0] for one, found in zip((memory, disk), places, strict=True)))
     last = first + rng.integers(0, 9, 300)
     for one in (memory, disk):
@@ -82,6 +82,16 @@ def test_the_same_rows_are_found_by_time(seed, memory_rows):
         assert (stop - start).tolist() == expected
         found = np.flatnonzero(stop > start)
         assert ((one.times_at(start[found]) >= first[found]) & (one.times_at(stop[found] - 1) <= last[found])).all()
+
+
+def test_columns_beyond_what_an_array_can_hold_stay_in_chunks(monkeypatch):
+    keys, asked = np.random.default_rng(0).permutation(400)[:200], splitmix64(np.arange(400, dtype=np.uint64))
+    expected, _ = both(keys, None, 70)
+    monkeypatch.setattr("mlenv.datasets.lookup._LARGE_BYTES", 500)
+    memory, disk = both(keys, None, 70)
+    assert memory.values[1].num_chunks > 1
+    for lookup in (memory, disk):
+        assert_same(expected, lookup, (expected.find(asked), lookup.find(asked)))
 
 
 def test_both_name_the_same_key_that_has_several_rows():

@@ -284,7 +284,7 @@ def test_windows_share_what_they_hold_and_a_process_opens_the_table_itself(tmp_p
     [
         ({"key": ("usr",)}, r"key: expected columns of .*did you mean 'user'"),
         ({"key": ("text",), "table_key": ("user",)}, r"key: expected a key of the type that the table has.*CAST\(text AS BIGINT\)"),
-        ({"time": "hapened"}, r"time: expected columns of .*did you mean 'happened'"),
+        ({"time": "happened_"}, r"time: expected columns of .*did you mean 'happened'"),
         ({"time": "price"}, r"time: expected a column of timestamps\. Received: 'price, which is double'"),
         ({"time": "day"}, r"time: expected a column of timestamps\. Received: 'day, which is date32"),
         ({"as_of": "tme"}, r"as_of: expected columns of the data.*did you mean 'time'"),
