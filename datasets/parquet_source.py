@@ -173,24 +173,13 @@ class ParquetSource:
             text += "".join(f"\n{place} {table.fingerprint}" for place, table in self._tables)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
-    def check_tables(self) -> None:
-        """
-        Raises:
-            ConfigError: a table that ``data.transforms`` join is too large to be held in memory.
-        """
-        for place, table in self._tables:
-            with placed_under(f"data.transforms[{place}]"):
-                table.check_memory()
-
     @cached_property
     def joins(self) -> dict[str, dict[str, Any]]:
         """By key of the config, how many rows find something in the table that is joined, and how old it is, in all and by day.
 
         Raises:
-            ConfigError: see ``check_tables``.
             DataError: too few find something, or the table cannot be read.
         """
-        self.check_tables()
         joins = {}
         for place, table in self._tables:
             plan = self._transforms.plan(table.reads, before=place)

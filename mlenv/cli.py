@@ -212,7 +212,7 @@ def _backfill(options: argparse.Namespace) -> int:
 
     config = compose(options.config, options.overrides)
     if options.dry_run:
-        check_data(config, joins_in_memory=False)
+        check_data(config)
         print(f"would write {config.data.path} with the columns of its joins to {options.out}")
         return DONE
     num_rows = backfill(config.data, config.schema, options.out)

@@ -155,14 +155,24 @@ class TableTransform(TransformConfig, Protocol):
     def fingerprint(self) -> str:
         """Changes when the table does."""
 
-    def check_memory(self) -> None:
-        """Raises ConfigError when the table is too large to act on rows."""
-
     def measure(self, rows: pa.RecordBatch) -> Any:
         """How many of these rows find something in the table."""
 
     def conclude(self, by_day: Mapping[str, Sequence[Any]], window: str) -> dict[str, Any]:
         """What is kept of the measures of a window; raises DataError when they show that the join does not work."""
+
+
+@runtime_checkable
+class LabelTransformConfig(TableTransformConfig, Protocol):
+    """Makes a label that is known only some time after its row."""
+
+    @property
+    def days_until_known(self) -> int:
+        """Whole days after the day of a row until its label is known."""
+
+    @property
+    def masks(self) -> Mapping[str, str]:
+        """Labels that are null while they are not known, and the column that says where they are."""
 
 
 TRANSFORMS: dict[str, type | str] = {
@@ -174,6 +184,7 @@ TRANSFORMS: dict[str, type | str] = {
     "filter": "mlenv.datasets.transforms.filter:FilterConfig",
     "hash": "mlenv.datasets.transforms.values:HashConfig",
     "join": "mlenv.datasets.transforms.join:JoinConfig",
+    "label_events": "mlenv.datasets.transforms.label_events:LabelEventsConfig",
     "python": "mlenv.datasets.transforms.python_function:PythonConfig",
     "sample": "mlenv.datasets.transforms.sampling:SampleConfig",
     "sample_negatives": "mlenv.datasets.transforms.sampling:SampleNegativesConfig",
@@ -766,12 +777,28 @@ def _transform_problems(config: ExperimentConfig) -> Iterator[MlenvError]:
             if first != place:
                 expected = f"another seed than data.transforms[{first}], or both would keep the same rows"
                 yield ConfigError(f"{key}.seed", expected=expected, received=transform.sampling_seed)
+        if isinstance(transform, LabelTransformConfig):
+            yield from _label_problems(config, transform, key)
         for task, calibrator in config.calibration.items():
             weight = config.schema.labels[task].weight if task in config.schema.labels else ""
             if kind == "sample_negatives" and weight in transform.writes and kind_of(calibrator, CALIBRATORS) == "negative_sampling":
                 fix = f"take out calibration.{task}, or {key}.weight_column and schema.labels.{task}.weight"
                 expected = f"another kind, because the weights of {key} correct the sampling already"
                 yield ConfigError(f"calibration.{task}.kind", expected=expected, received="negative_sampling", fix=fix)
+
+
+def _label_problems(config: ExperimentConfig, transform: LabelTransformConfig, key: str) -> Iterator[MlenvError]:
+    """Labels of rows too young to have one, and labels that were not known yet when the test window began."""
+    for task, label in config.schema.labels.items():
+        mask = transform.masks.get(label.column or task)
+        if mask and not label.mask:
+            fix = f"set it to {mask}, or take out {key}.mask_column to leave out rows whose label is not known"
+            yield ConfigError(f"schema.labels.{task}.mask", expected="a column, because the label may be null", received="", fix=fix)
+    data, days = config.data, transform.days_until_known
+    if data.test is not None and data.label_wait_days < days:
+        fix = f"set it to {days}, and end the training window earlier"
+        expected = f"at least {days}, because {key} knows a label only then"
+        yield ConfigError("data.label_wait_days", expected=expected, received=data.label_wait_days, fix=fix)
 
 
 def _objective_problems(objective: ObjectiveConfig, schema: Schema) -> Iterator[MlenvError]:

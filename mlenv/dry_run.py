@@ -16,21 +16,19 @@ from mlenv.schema import Table
 from mlenv.teacher import teacher_of
 
 
-def check_data(config: ExperimentConfig, *, joins_in_memory: bool = True) -> None:
+def check_data(config: ExperimentConfig) -> None:
     """Compares the columns of the files with the schema and the transforms. Days that are not there yet are not missed.
 
     Raises:
         Problems, DataError: see ParquetSource.
-        ConfigError: a table that is joined is not there, cannot be used, or is too large.
+        ConfigError: a table that is joined is not there or cannot be used.
     """
     data = replace(config.data, allow_missing_days=True)
     for name, window in (("train", data.train), ("validation", data.validation), ("test", data.test)):
         if window is not None:
             with suppress(NoFilesError):
                 extras: tuple[Extra, ...] = () if name == "train" else ("metadata",)
-                source = ParquetSource(data, window, config.schema, is_training=name == "train", extras=extras)
-                if joins_in_memory:
-                    source.check_tables()
+                ParquetSource(data, window, config.schema, is_training=name == "train", extras=extras)
 
 
 def check_parts(config: ExperimentConfig) -> None:

@@ -242,7 +242,7 @@ class Experiment:
         if "teach" in self.__dict__:
             prints |= {f"{name} fingerprint": text for name, text in self._teacher_fingerprint.items()}
         prints |= {
-            f"{split} join {join['table']}": f"{join['match_rate']:.2%} of {join['rows']:,} rows find something"
+            f"{split} join {join['table']}": f"{join['match_rate']:.2%} of {join['rows'] - join['unknown']:,} rows find something"
             for split, source in self._sources.items()
             for join in source.joins.values()
         }
