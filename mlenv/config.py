@@ -638,9 +638,18 @@ class ChecksConfig:
     """Share of the rows that repeat another one in all but the row key; judged where the rows have an event time."""
     leakage_auc: Limits = Limits(warn=0.9, fail=0.95)
     """AUC of one feature alone for a task."""
+    backfill_label_auc: Limits = Limits(warn=0.02, fail=0.05)
+    """With ``--backfilled``: AUC of one feature alone for a task on back-filled days minus the same on days that were logged."""
+    backfills: dict[str, str] = field(default_factory=dict)
+    """Back-filled columns and the columns beside them that hold the same as it was logged; compared row by row."""
+    backfill_tolerance: float = 1e-6
+    """Difference relative to the larger one up to which two numbers agree; integers, texts and truth values agree only when equal."""
+    backfill_disagreement: Limits = Limits(warn=0.01, fail=0.1)
+    """Share of the rows with both columns of a pair in which they differ, over all and on the worst day."""
 
     def __post_init__(self) -> None:
         check_at_least("significance", self.significance, 0)
+        check_at_least("backfill_tolerance", self.backfill_tolerance, 0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 
+from mlenv.backfill_checks import check_pairs
 from mlenv.batch import Extra, example_batch
 from mlenv.config import EmbeddingsConfig, ExperimentConfig
 from mlenv.datasets.parquet_source import NoFilesError, ParquetSource
@@ -29,6 +30,7 @@ def check_data(config: ExperimentConfig, *, joins_in_memory: bool = True) -> Non
             with suppress(NoFilesError):
                 extras: tuple[Extra, ...] = () if name == "train" else ("metadata",)
                 source = ParquetSource(data, window, config.schema, is_training=name == "train", extras=extras)
+                check_pairs(source, config.checks)
                 if joins_in_memory:
                     source.check_tables()
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
+from mlenv.backfill_checks import Side
 from mlenv.charts import NEUTRAL, Chart, Series, dot_chart
+from mlenv.datasets.agreement import Agreement
 from mlenv.datasets.counts import Counts, Numbers
 from mlenv.datasets.statistics import ColumnStatistics, Statistics
 from mlenv.datasets.vocabulary import collision_shares
+from mlenv.findings import SEVERITIES, Finding, Verdict
 from mlenv.page import Cell, Table, render
 from mlenv.schema import Schema
-from mlenv.validation import Verdict
 
 _MAX_CHARTS = 12
 _MAX_VALUES = 12
@@ -33,6 +35,12 @@ class ValidationPage:
     window: Statistics
     baseline: Statistics | None
     schema: Schema
+    sides: tuple[Side, Side] | None = None
+    """The back-filled days, and the logged ones; where days were compared."""
+    pairs: Mapping[str, Agreement] = field(default_factory=dict)
+    """By back-filled column, how far it agrees with the logged one."""
+    logged: Mapping[str, str] = field(default_factory=dict)
+    """By back-filled column, the name of the logged one."""
 
 
 def render_validation(page: ValidationPage) -> str:
@@ -43,6 +51,8 @@ def render_validation(page: ValidationPage) -> str:
         distributions=_distributions(page),
         labels=_label_charts(page),
         coverage=[_coverage_chart(page)],
+        backfilled=_sides(page),
+        pairs=_pairs(page),
         features=_features(page),
         tables=_tables(page),
     )
@@ -134,6 +144,49 @@ def _coverage_chart(page: ValidationPage) -> Chart:
         Series("window", [(coverage[name], row) for row, name in enumerate(names)], 0, "dots"),
     ]
     return dot_chart("Share of the rows that have the feature", names, [entry for entry in series if entry.points], (0.0, 1.0))
+
+
+def _sides(page: ValidationPage) -> Table:
+    """Feature by feature, the back-filled days beside the logged ones; the worst first."""
+    if page.sides is None:
+        return Table([], 1, [])
+    (now, before), tasks = page.sides, page.window.tasks
+    header = ["Feature", "Verdict", "Coverage", "logged", "PSI", "KS"]
+    header += [name for task in tasks for name in (f"AUC for {task}", "logged", "Highest day")]
+    found: dict[str, list[Finding]] = {name: [] for name in page.window.columns}
+    for finding in page.verdict.findings:
+        if (name := finding.subject.split(" ")[0]) in found:
+            found[name].append(finding)
+    rows = []
+    for name in sorted(found, key=lambda name: min((SEVERITIES.index(finding.severity) for finding in found[name]), default=2)):
+        figures = [f"{side.statistics.columns[name].coverage:.2%}" for side in page.sides]
+        for check in ("psi", "kolmogorov_smirnov"):
+            values = [finding.value for finding in found[name] if finding.check == check]
+            figures.append(f"{max(values):.3f}" if values else "")
+        for task in tasks:
+            aucs = [side.aucs.get((name, task)) for side in (now, before)]
+            figures += ["" if auc is None else f"{auc.mean:.3f}" for auc in aucs]
+            figures.append("" if aucs[0] is None else "{0.auc:.3f} on {0.day}".format(max(aucs[0].days, key=lambda day: day.auc)))
+        raised = [finding for finding in found[name] if finding.severity != "pass"]
+        mark = Cell(raised[0].severity if raised else "pass", [", ".join(dict.fromkeys(one.check.replace("_", " ") for one in raised))])
+        rows.append([Cell(name), mark if raised else Cell("pass"), *map(Cell, figures)])
+    return Table(header, 1, rows)
+
+
+def _pairs(page: ValidationPage) -> Table:
+    header = ["Back-filled", "Logged", "Rows with both", "Differ", "Worst day", "Coverage", "logged", "Mean difference", "Correlation"]
+    ids = {key.column for key in page.schema.sparse_keys}
+    rows = []
+    for name, pair in page.pairs.items():
+        day, worst = pair.worst_day
+        coverage = [f"{there / pair.rows:.2%}" for there in (pair.first, pair.second)]
+        numbers = ["", ""]
+        if pair.moments.count and not {name, page.logged[name]} & ids:
+            means = pair.moments.means
+            numbers = [f"{means[0] - means[1]:.4g}", "" if math.isnan(pair.moments.correlation) else f"{pair.moments.correlation:.4f}"]
+        figures = [f"{pair.num_both:,}", f"{pair.differing_share:.2%}", f"{worst:.2%} on {day}" if day else "", *coverage, *numbers]
+        rows.append([Cell(name), Cell(page.logged[name]), *map(Cell, figures)])
+    return Table(header, 2, rows)
 
 
 def _features(page: ValidationPage) -> Table:

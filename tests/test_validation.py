@@ -22,8 +22,9 @@ from mlenv.datasets.kuairand import convert_kuairand, convert_kuairand_log
 from mlenv.datasets.simulated_ads import SimulationConfig, simulate
 from mlenv.datasets.statistics import Statistics, collect
 from mlenv.errors import ConfigError, DataError, GateError, Problems
+from mlenv.findings import Verdict
 from mlenv.schema import Categorical, Label, Numeric, Schema, Table
-from mlenv.validation import Verdict, validate_statistics
+from mlenv.validation import validate_statistics
 from mlenv.validation_run import validate
 
 ROOT = Path(__file__).parents[1]
