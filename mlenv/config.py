@@ -106,22 +106,29 @@ class TransformConfig(_RowTransform, Protocol):
         """The rows that stay, in order, with the columns ``writes``; columns that it does not know pass through."""
 
 
+RowRule = Callable[["pa.RecordBatch", tuple[str, ...]], "pa.RecordBatch"]
+"""Rows and the columns of the row key to the rows that stay."""
+
+
 @dataclass(frozen=True)
 class Findings:
     """What a look over the whole window gives."""
 
-    dropped: Sequence[NDArray[np.int64]]
-    """For each row group, in the order of the files, the rows that go, in rising order."""
+    dropped: Sequence[NDArray[np.int64]] = ()
+    """For each row group, in the order of the files, the rows that go, in rising order; empty with ``apply``."""
     notes: tuple[str, ...] = ()
     """Why, for the log and the record of the run."""
+    apply: RowRule | None = None
+    """Instead of ``dropped``: what acts on each row group by what the window showed, as ``TransformConfig.apply`` does. It can be
+    pickled."""
 
 
 @runtime_checkable
 class WindowTransformConfig(_RowTransform, Protocol):
-    """Drops rows for a reason that only the whole window shows. The columns ``reads`` of all row groups are surveyed, in any
-    order and in threads, before the first row is used."""
+    """Drops or weighs rows for a reason that only the whole window shows. The columns ``reads`` of all row groups are surveyed, in
+    any order and in threads, before the first row is used."""
 
-    def held_out(self) -> WindowTransformConfig | None:
+    def held_out(self) -> TransformConfig | WindowTransformConfig | None:
         """What takes its place on rows that are not trained on; None for nothing."""
 
     def survey(self, rows: pa.RecordBatch) -> Any:
@@ -177,6 +184,7 @@ TRANSFORMS: dict[str, type | str] = {
     "python": "mlenv.datasets.transforms.python_function:PythonConfig",
     "sample": "mlenv.datasets.transforms.sampling:SampleConfig",
     "sample_negatives": "mlenv.datasets.transforms.sampling:SampleNegativesConfig",
+    "stratify": "mlenv.datasets.transforms.stratify:StratifyConfig",
     "truncate": "mlenv.datasets.transforms.values:TruncateConfig",
 }
 """Transforms by the name that ``data.transforms[N].kind`` takes."""
