@@ -25,7 +25,7 @@ from mlenv.config import TRANSFORMS, DataConfig, TableTransform, WindowConfig, i
 from mlenv.datasets.columns import check_columns, extra_columns
 from mlenv.datasets.encoded_rows import EncodedRows, Integers, join, tell_apart, to_batch
 from mlenv.datasets.encoding import RowError, encode
-from mlenv.errors import ConfigError, DataError, MlenvError, PlacedError, Problems, placed_under
+from mlenv.errors import ConfigError, DataError, MlenvError, PlacedError, Problems, TableError, placed_under
 from mlenv.schema import Schema
 from mlenv.transforms import Found, Plan, Rows, Transforms, open_tables
 
@@ -238,6 +238,11 @@ class ParquetSource:
         for place in range(max(int(len(groups) / step), 1) if groups else 0):
             yield self._rows(groups[int(place * step)], plan)[0]
 
+    def nothing_left(self) -> DataError:
+        """The error of a window of which the transforms leave no row."""
+        fix = "loosen data.transforms, or change the window"
+        return DataError(self._root, expected=f"rows that data.transforms leave in {self._window}", received="none", fix=fix)
+
     def close(self) -> None:
         """Ends what was started for the workers."""
         self._workers.close()
@@ -306,6 +311,8 @@ class ParquetSource:
     ) -> tuple[pa.RecordBatch, Rows | None]:
         try:
             return self._transforms.apply(plan, rows, found)
+        except TableError:
+            raise
         except PlacedError as error:
             place = f"{group.file}, row group {group.index}, {error.place}"
             raise DataError(place, expected=error.expected, received=error.received, fix=error.fix) from error
@@ -385,8 +392,7 @@ class ParquetSource:
         stored = sum(group.num_rows for group in self._row_groups)
         logger.info("%s: data.transforms leave %d of %d rows", self._window, sum(counts.values()), stored)
         if not any(counts.values()):
-            fix = "loosen data.transforms, or change the window"
-            raise DataError(self._root, expected=f"rows that data.transforms leave in {self._window}", received="none", fix=fix)
+            raise self.nothing_left()
         return counts
 
     def _map(self, function: Callable[[RowGroup], _Result], groups: Sequence[RowGroup]) -> list[_Result]:

@@ -83,6 +83,7 @@ def read_sides(source: ParquetSource, backfilled: WindowConfig) -> tuple[Side, S
 
     Raises:
         ConfigError: all days are back-filled, or none, or the rows have no day.
+        DataError: the transforms leave no row.
     """
     if source.days:
         _check_days(set(source.days), backfilled)
@@ -97,7 +98,9 @@ def read_sides(source: ParquetSource, backfilled: WindowConfig) -> tuple[Side, S
         statistics[is_backfilled] = [reduce(Statistics.merged, [*statistics[is_backfilled], part])]
         for key, auc in _label_aucs(day, part):
             aucs[is_backfilled].setdefault(key, []).append(auc)
-    if days <= {""}:
+    if not days:
+        raise source.nothing_left()
+    if days == {""}:
         fix = "write folders date=YYYY-MM-DD, or name a timestamp in schema.event_time"
         raise ConfigError("backfilled", expected="rows with a day", received="rows without one", fix=fix)
     _check_days(days, backfilled)

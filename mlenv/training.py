@@ -19,7 +19,7 @@ from mlenv.loops.journal import JOURNAL_FILE, Journal
 from mlenv.loops.training_run import CHECKPOINT_FOLDER, CONFIG
 from mlenv.page import write_whole
 from mlenv.report import Report, write_report
-from mlenv.validation import validate_statistics, window_statistics
+from mlenv.validation import check_baseline, validate_statistics, window_statistics
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +108,8 @@ def _training_statistics(experiment: Experiment) -> Statistics:
 
 def _check_training_window(statistics: Statistics, config: ExperimentConfig, source: ParquetSource) -> None:
     baseline = read_statistics(Path(config.checks.baseline)) if config.checks.baseline else None
+    if baseline is not None:
+        check_baseline(baseline, statistics, config.checks.baseline)
     pairs = compare_pairs(read_pairs(source, config.checks), config.schema, config.checks)
     verdict = validate_statistics(statistics, baseline, config.schema, config.checks, config.data.train, pairs)
     for finding in verdict.raised:

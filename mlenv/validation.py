@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from mlenv.config import ChecksConfig, WindowConfig
 from mlenv.datasets.counts import Counts, Floats, Integers, Numbers, bin_centre
 from mlenv.datasets.statistics import ColumnStatistics, Statistics, collect, statistics_columns
+from mlenv.errors import DataError
 from mlenv.findings import Chance, Measure, Verdict, judge
 from mlenv.schema import Schema
 
@@ -56,10 +57,35 @@ def validate_statistics(
 
 
 def window_statistics(source: ParquetSource, *, at_most: int = 0) -> Statistics:
-    """Statistics of the rows of a source, read once; of about ``at_most`` of them, from all over the window, where that is not 0."""
+    """Statistics of the rows of a source, read once; of about ``at_most`` of them, from all over the window, where that is not 0.
+
+    Raises:
+        DataError: the transforms leave no row, or a row group cannot be read.
+    """
     columns = statistics_columns(source.schema, source.column_names)
-    rows = source.record_batches(columns, at_most=at_most)
-    return replace(collect(rows, source.schema), data_fingerprint=source.fingerprint)
+    found = collect(source.record_batches(columns, at_most=at_most), source.schema)
+    if not found.rows and not at_most:
+        raise source.nothing_left()
+    return replace(found, data_fingerprint=source.fingerprint)
+
+
+def check_baseline(baseline: Statistics, window: Statistics, place: str) -> None:
+    """
+    Raises:
+        DataError: the baseline has no row, or is of another schema: it has none of the features, or one of another kind.
+    """
+    fix = "name statistics of this schema, or write them with mlenv validate CONFIG --out DIR"
+    if not baseline.rows:
+        raise DataError(place, expected="statistics of some rows", received="of none", fix=fix)
+    common = [name for name in window.columns if name in baseline.columns]
+    if not common:
+        received = f"statistics of {', '.join(list(baseline.columns)[:5])}"
+        raise DataError(place, expected=f"statistics of {', '.join(list(window.columns)[:5])}", received=received, fix=fix)
+    for name in common:
+        now, before = (sorted(part.to_plain()) for part in (window.columns[name], baseline.columns[name]))
+        if now != before:
+            parts = [" and ".join(part for part in ("values", "numbers", "lengths") if part in kind) for kind in (now, before)]
+            raise DataError(f"{place}, feature {name!r}", expected=f"statistics with {parts[0]}", received=f"with {parts[1]}", fix=fix)
 
 
 def _own_measures(window: Statistics, span: WindowConfig) -> Iterator[Measure]:

@@ -15,7 +15,7 @@ from mlenv.datasets.statistics import STATISTICS_FILE, Statistics, read_statisti
 from mlenv.errors import ConfigError, DataError
 from mlenv.findings import Verdict
 from mlenv.page import write_whole
-from mlenv.validation import validate_statistics, window_statistics
+from mlenv.validation import check_baseline, validate_statistics, window_statistics
 from mlenv.validation_page import ValidationPage, render_validation
 
 VALIDATION_FILE, PAGE_FILE = "validation.json", "validation.html"
@@ -52,6 +52,7 @@ def validate(
     if out is not None and (not out.parent.is_dir() or out.is_file()):
         raise DataError(str(out), expected="a folder whose parent exists", received="none", fix=f"mkdir -p '{out.parent}'")
     source, span, checks = _source(config, chosen), _span(config, chosen), config.checks
+    stored = read_statistics(Path(against)) if against and against not in get_args(Window) else None  # before the long work
     pairs = read_pairs(source, checks)
     measures = [*compare_pairs(pairs, config.schema, checks)]
     facts, sides = {"window": f"{chosen}: {span}"}, None
@@ -64,10 +65,15 @@ def validate(
         facts |= {"back-filled": str(backfilled), "rows": f"{now.rows:,}", "baseline": "the other days of the window"}
     else:
         now = window_statistics(source)
-        before = _baseline(config, against)
-        facts |= {"rows": f"{now.rows:,}"} | ({} if before is None else {"baseline": against})
+        before = stored if stored is not None or not against else window_statistics(_source(config, against))
+        facts |= {"rows": f"{now.rows:,}"} | ({"baseline": against} if against else {})
     if before is not None:
+        check_baseline(before, now, against)
         facts["rows of the baseline"] = f"{before.rows:,}"
+        if unknown := [name for name in now.columns if name not in before.columns]:
+            facts["not in the baseline"] = ", ".join(unknown)
+    if source.skipped:
+        facts["passed over"] = "; ".join(source.skipped)
     verdict = validate_statistics(now, before, config.schema, checks, span, measures)
     if out is not None:
         out.mkdir(exist_ok=True)
@@ -76,12 +82,6 @@ def validate(
         write_whole(json.dumps(facts | verdict.to_plain(), indent=2), out / VALIDATION_FILE)
         write_whole(render_validation(page), out / PAGE_FILE)
     return verdict
-
-
-def _baseline(config: ExperimentConfig, against: str) -> Statistics | None:
-    if not against:
-        return None
-    return window_statistics(_source(config, against)) if against in get_args(Window) else read_statistics(Path(against))
 
 
 def _source(config: ExperimentConfig, window: str) -> ParquetSource:

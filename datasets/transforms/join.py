@@ -22,7 +22,7 @@ from mlenv.datasets.join_report import Matches, count_ages, report
 from mlenv.datasets.lookup import DuplicateKeyError, Integers, Lookup, one_array
 from mlenv.datasets.side_table import SideTable, key_kind
 from mlenv.datasets.transforms.expressions import as_array, require_columns, with_column, with_field
-from mlenv.errors import ConfigError, DataError, check_at_least
+from mlenv.errors import ConfigError, DataError, TableError, check_at_least
 
 if TYPE_CHECKING:
     import polars as pl
@@ -320,7 +320,7 @@ class Join:
         hours, minutes = map(int, self.config.ready_at.split(":"))
         return _to_utc(days.cast(pl.Datetime("us")) + timedelta(days=1, hours=hours, minutes=minutes), self.config.time_zone)
 
-    def _duplicate(self, key_hash: int) -> DataError:
+    def _duplicate(self, key_hash: int) -> TableError:
         """Reads the table again to name a key that it has more than once."""
         found: list[tuple[str, str]] = []
         for file, rows in self.table.batches():
@@ -332,7 +332,7 @@ class Join:
                 break
         files = " and ".join(dict.fromkeys(file for _, file in found))
         fix = "write one row for each key, or say in valid_from since when each of them holds"
-        return DataError(files, expected=f"one row for each {', '.join(self._table_key)}", received=f"several for {found[0][0]}", fix=fix)
+        return TableError(files, expected=f"one row for each {', '.join(self._table_key)}", received=f"several for {found[0][0]}", fix=fix)
 
 
 _OPENED: WeakValueDictionary[str, Join] = WeakValueDictionary()
