@@ -65,6 +65,11 @@ class LabelAuc:
         """Of the mean."""
         return sum(day.weight**2 * day.variance for day in self.days) / sum(day.weight for day in self.days) ** 2
 
+    @property
+    def highest(self) -> DayAuc:
+        """The day on which it is highest."""
+        return max(self.days, key=lambda day: day.auc)
+
 
 @dataclass(frozen=True)
 class Side:
@@ -118,10 +123,9 @@ def compare_sides(backfilled: Side, logged: Side, checks: ChecksConfig) -> Itera
             usual = logged.aucs[name, task]
             excess = auc.mean - usual.mean
             error = math.sqrt(rows_per_request * (auc.variance + usual.variance))
-            highest = max(auc.days, key=lambda day: day.auc)
             detail = (
                 f"alone it tells positives of {task} from negatives with an AUC of {auc.mean:.3f} on back-filled days, of {usual.mean:.3f} "
-                f"on logged ones; the highest is {highest.auc:.3f} on {highest.day}."
+                f"on logged ones; the highest is {auc.highest.auc:.3f} on {auc.highest.day}."
             )
             feature = backfilled.statistics.columns[name].feature
             is_beyond = excess > checks.significance * error

@@ -129,15 +129,15 @@ def _is_day(text: str) -> bool:
 
 
 def _late_hours(window: Statistics, baseline: Statistics) -> Iterator[Measure]:
-    earlier = _hours_before_end(baseline)
-    for day, hours in _hours_before_end(window).items():
+    earlier = hours_before_end(baseline)
+    for day, hours in hours_before_end(window).items():
         if earlier:
             usual = max(earlier.values())
             detail = f"its newest event is {hours:.1f} hours before the end of the day in UTC, in the baseline at most {usual:.1f}."
             yield Measure("late_hours", day, max(hours - usual, 0.0), detail)
 
 
-def _hours_before_end(statistics: Statistics) -> dict[str, float]:
+def hours_before_end(statistics: Statistics) -> dict[str, float]:
     """How long before its end each day falls silent; negative where the days are not those of UTC."""
     found = {}
     for day, newest in (statistics.newest or {}).items():

@@ -34,7 +34,7 @@ def validate(
     """Judges a window of the config against a baseline, or its back-filled days against its other ones.
 
     Args:
-        window: by default ``test`` if the config has it, else ``train``; with ``backfilled`` always ``train``.
+        window: by default ``test`` if the config has it, else ``train``; with ``backfilled`` it is ``train``.
         baseline: a window of the config, a file of statistics, or the output folder of a training. By default the training
             window; of the training window none, and then it is judged by itself.
         backfilled: days of the window whose features were back-filled; the baseline is the other days, logged as they came.
