@@ -192,7 +192,7 @@ def _label_aucs(day: str, part: Statistics) -> Iterator[tuple[tuple[str, str], D
         for task, auc in zip(part.tasks, column.label_aucs(), strict=True):
             counted, rate = part.label_rate(task, part.labels)
             positives = round(counted * rate) if counted else 0
-            if min(positives, counted - positives) >= LEAST_LABELS:
+            if min(positives, counted - positives) >= LEAST_LABELS and not math.isnan(auc):
                 yield (name, task), DayAuc(day, auc, positives, counted - positives)
 
 

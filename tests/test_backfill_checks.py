@@ -198,6 +198,16 @@ def test_a_backfill_that_leaves_out_logged_rows_lacks_coverage(small):
     assert (finding.check, finding.severity, finding.value) == ("coverage_drop", "fail", 0.25)
 
 
+def test_a_column_that_holds_nothing_is_not_compared(small):
+    nothing = ["schema.features.tags={kind: multi_categorical, table: country, storage: string}"]
+    for file in small.glob("data/*/part.parquet"):
+        table = pq.ParquetFile(file).read()
+        pq.write_table(table.append_column("tags", pa.array([[None]] * len(table), pa.list_(pa.string()))), file)
+    out = small / "page"
+    validate(compose(small / "config.yaml", nothing), backfilled=WindowConfig(start="2026-01-03", end="2026-01-04"), out=out)
+    assert "NaN" not in (out / "validation.json").read_text()
+
+
 def test_the_variance_of_an_auc_is_that_of_samples():
     generator = np.random.default_rng(0)
     aucs = [
