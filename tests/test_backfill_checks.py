@@ -170,7 +170,7 @@ def test_what_cannot_be_compared_is_refused(small):
     with pytest.raises(ConfigError, match="holds none of the days"):
         validate(one_day, backfilled=WindowConfig(start="2026-01-03", end="2026-01-03"))
     for pairs, message in (
-        ("{country: logged_contry}", "expected columns of the data. Received: 'logged_contry'. Fix: did you mean 'logged_country'"),
+        ("{country: logged_countri}", "expected columns of the data. Received: 'logged_countri'. Fix: did you mean 'logged_country'"),
         ("{rate: country}", r"checks\.backfills\.rate: expected a column of the same kind"),
     ):
         with pytest.raises(ConfigError, match=message):
@@ -179,8 +179,8 @@ def test_what_cannot_be_compared_is_refused(small):
 
 def test_pairs_are_judged_before_a_training_and_by_a_dry_run(small, capsys):
     arguments = [str(small / "config.yaml"), "tracking.enabled=false", "checks.before_training=true"]
-    assert main(["train", *arguments, "checks.backfills={contry: country}", "--dry-run"]) == 2
-    assert "checks.backfills: expected columns of the data. Received: 'contry'" in capsys.readouterr().err
+    assert main(["train", *arguments, "checks.backfills={countri: country}", "--dry-run"]) == 2
+    assert "checks.backfills: expected columns of the data. Received: 'countri'" in capsys.readouterr().err
     other = {"kind": "derive", "column": "filled", "sql": "CASE WHEN rate > 0 THEN country ELSE 'xx' END"}
     settings = [*arguments[1:], f"data.transforms=[{other}]", "checks.backfills={filled: logged_country}"]
     with pytest.raises(GateError, match="backfill_disagreement of filled beside logged_country"):

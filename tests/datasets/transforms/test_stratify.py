@@ -196,8 +196,8 @@ def test_shares_of_values_that_no_row_has_are_refused():
     rows = table(["feed"] * 3 + ["search"])
     for shares, message in (
         (
-            {"feed": 0.5, "serch": 0.5},
-            r"shares\.serch: expected rows with this value of surface\. Received: 'none'\. Fix: did you mean 'search'",
+            {"feed": 0.5, "searc": 0.5},
+            r"shares\.searc: expected rows with this value of surface\. Received: 'none'\. Fix: did you mean 'search'",
         ),
         ({"feed": 0.5, "search": 0.3}, "shares: expected shares that add up to 1, because no row has another value"),
     ):
