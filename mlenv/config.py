@@ -106,22 +106,29 @@ class TransformConfig(_RowTransform, Protocol):
         """The rows that stay, in order, with the columns ``writes``; columns that it does not know pass through."""
 
 
+RowRule = Callable[["pa.RecordBatch", tuple[str, ...]], "pa.RecordBatch"]
+"""Rows and the columns of the row key to the rows that stay."""
+
+
 @dataclass(frozen=True)
 class Findings:
     """What a look over the whole window gives."""
 
-    dropped: Sequence[NDArray[np.int64]]
-    """For each row group, in the order of the files, the rows that go, in rising order."""
+    dropped: Sequence[NDArray[np.int64]] = ()
+    """For each row group, in the order of the files, the rows that go, in rising order; empty with ``apply``."""
     notes: tuple[str, ...] = ()
     """Why, for the log and the record of the run."""
+    apply: RowRule | None = None
+    """Instead of ``dropped``: what acts on each row group by what the window showed, as ``TransformConfig.apply`` does. It can be
+    pickled."""
 
 
 @runtime_checkable
 class WindowTransformConfig(_RowTransform, Protocol):
-    """Drops rows for a reason that only the whole window shows. The columns ``reads`` of all row groups are surveyed, in any
-    order and in threads, before the first row is used."""
+    """Drops or weighs rows for a reason that only the whole window shows. The columns ``reads`` of all row groups are surveyed, in
+    any order and in threads, before the first row is used."""
 
-    def held_out(self) -> WindowTransformConfig | None:
+    def held_out(self) -> TransformConfig | WindowTransformConfig | None:
         """What takes its place on rows that are not trained on; None for nothing."""
 
     def survey(self, rows: pa.RecordBatch) -> Any:
@@ -188,6 +195,7 @@ TRANSFORMS: dict[str, type | str] = {
     "python": "mlenv.datasets.transforms.python_function:PythonConfig",
     "sample": "mlenv.datasets.transforms.sampling:SampleConfig",
     "sample_negatives": "mlenv.datasets.transforms.sampling:SampleNegativesConfig",
+    "stratify": "mlenv.datasets.transforms.stratify:StratifyConfig",
     "truncate": "mlenv.datasets.transforms.values:TruncateConfig",
 }
 """Transforms by the name that ``data.transforms[N].kind`` takes."""
@@ -649,9 +657,18 @@ class ChecksConfig:
     """Share of the rows that repeat another one in all but the row key; judged where the rows have an event time."""
     leakage_auc: Limits = Limits(warn=0.9, fail=0.95)
     """AUC of one feature alone for a task."""
+    backfill_label_auc: Limits = Limits(warn=0.02, fail=0.05)
+    """With ``--backfilled``: AUC of one feature alone for a task on back-filled days minus the same on days that were logged."""
+    backfills: dict[str, str] = field(default_factory=dict)
+    """Back-filled columns and the columns beside them that hold the same as it was logged; compared row by row."""
+    backfill_tolerance: float = 1e-6
+    """Difference relative to the larger one up to which two numbers agree; integers, texts and truth values agree only when equal."""
+    backfill_disagreement: Limits = Limits(warn=0.01, fail=0.1)
+    """Share of the rows with both columns of a pair in which they differ, over all and on the worst day."""
 
     def __post_init__(self) -> None:
         check_at_least("significance", self.significance, 0)
+        check_at_least("backfill_tolerance", self.backfill_tolerance, 0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 
+from mlenv.backfill_checks import check_pairs
 from mlenv.batch import Extra, example_batch
 from mlenv.config import EmbeddingsConfig, ExperimentConfig
 from mlenv.datasets.parquet_source import NoFilesError, ParquetSource
@@ -28,7 +29,8 @@ def check_data(config: ExperimentConfig) -> None:
         if window is not None:
             with suppress(NoFilesError):
                 extras: tuple[Extra, ...] = () if name == "train" else ("metadata",)
-                ParquetSource(data, window, config.schema, is_training=name == "train", extras=extras)
+                source = ParquetSource(data, window, config.schema, is_training=name == "train", extras=extras)
+                check_pairs(source, config.checks)
 
 
 def check_parts(config: ExperimentConfig) -> None:

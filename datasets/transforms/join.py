@@ -21,7 +21,7 @@ from mlenv.datasets.side_table import SideTable, absolute
 from mlenv.datasets.table_keys import as_text, check_keys, check_new, check_table_key, hash_keys
 from mlenv.datasets.times import check_duration, check_time, check_time_zone, duration, microseconds, to_utc
 from mlenv.datasets.transforms.expressions import require_columns, with_column, with_field
-from mlenv.errors import ConfigError, DataError, check_at_least
+from mlenv.errors import ConfigError, DataError, TableError, check_at_least
 
 logger = logging.getLogger(__name__)
 
@@ -258,7 +258,7 @@ class Join:
         hours, minutes = map(int, self.config.ready_at.split(":"))
         return to_utc(days.cast(pl.Datetime("us")) + timedelta(days=1, hours=hours, minutes=minutes), self.config.time_zone)
 
-    def _duplicate(self, key_hash: int) -> DataError:
+    def _duplicate(self, key_hash: int) -> TableError:
         """Reads the table again to name a key that it has more than once."""
         found: list[tuple[str, str]] = []
         for file, rows in self.table.batches():
@@ -270,7 +270,7 @@ class Join:
                 break
         files = " and ".join(dict.fromkeys(file for _, file in found))
         fix = "write one row for each key, or say in valid_from since when each of them holds"
-        return DataError(files, expected=f"one row for each {', '.join(self._table_key)}", received=f"several for {found[0][0]}", fix=fix)
+        return TableError(files, expected=f"one row for each {', '.join(self._table_key)}", received=f"several for {found[0][0]}", fix=fix)
 
 
 _OPENED: WeakValueDictionary[str, Join] = WeakValueDictionary()

@@ -28,6 +28,7 @@ from mlenv.datasets.transforms.filter import FilterConfig
 from mlenv.datasets.transforms.join import JoinConfig
 from mlenv.datasets.transforms.label_events import LabelEventsConfig
 from mlenv.datasets.transforms.sampling import SampleNegativesConfig
+from mlenv.datasets.transforms.stratify import StratifyConfig
 from mlenv.errors import ConfigError, DataError, MlenvError, Problems, TrainingError
 from mlenv.schema import Categorical, DenseVector, Label, MultiCategorical, Numeric, Schema, Table
 from mlenv.training import train
@@ -54,6 +55,7 @@ TRANSFORMS = (
     DeduplicateConfig(columns=("item", "age")),
     DeriveConfig(column="ratio", sql="x / (age + 1)"),
     SampleNegativesConfig(negative="click = 0", rate=0.5, weight_column="weight"),
+    StratifyConfig(columns=("click", "date"), shares={"1/2026-01-01": 0.2}, seed=1),
 )
 NUM_WORKERS = 2
 
