@@ -1,4 +1,4 @@
-"""How well a join works: how many rows find something, and how old it is."""
+"""How well a join works: how many rows find something, and how old it is or how long it takes."""
 
 from __future__ import annotations
 
@@ -28,21 +28,24 @@ class Matches:
     """Matched rows by the age of what they found, in bins of equal ratio; all zero without times."""
     unmatched: tuple[str, ...] = ()
     """A few keys that found nothing."""
+    unknown: int = 0
+    """Rows of which it cannot be said yet whether they find something."""
 
     def __add__(self, other: Matches) -> Matches:
         unmatched = tuple(dict.fromkeys((*self.unmatched, *other.unmatched)))[:_EXAMPLES]
-        return Matches(self.rows + other.rows, self.matched + other.matched, self.ages + other.ages, unmatched)
+        unknown = self.unknown + other.unknown
+        return Matches(self.rows + other.rows, self.matched + other.matched, self.ages + other.ages, unmatched, unknown)
 
     @property
     def rate(self) -> float:
-        """Share of the rows that found something; 1 of no rows."""
-        return self.matched / self.rows if self.rows else 1.0
+        """Share of the rows of which it is known that found something; 1 of no rows."""
+        return self.matched / (self.rows - self.unknown) if self.rows > self.unknown else 1.0
 
-    def as_json(self) -> dict[str, Any]:
-        """Counts, rate, and quantiles of the age in hours where there are times."""
-        plain: dict[str, Any] = {"rows": self.rows, "matched": self.matched, "match_rate": self.rate}
+    def as_json(self, ages: str) -> dict[str, Any]:
+        """Counts, rate, and under the name ``ages`` quantiles of the age in hours where there are times."""
+        plain: dict[str, Any] = {"rows": self.rows, "unknown": self.unknown, "matched": self.matched, "match_rate": self.rate}
         if self.ages.any():
-            plain["staleness_hours"] = {f"p{share * 100:.0f}": self._age(share) for share in _QUANTILES}
+            plain[ages] = {f"p{share * 100:.0f}": self._age(share) for share in _QUANTILES}
         return plain
 
     def _age(self, share: float) -> float:
@@ -56,8 +59,12 @@ def count_ages(microseconds: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.bincount(bins, minlength=_BINS)
 
 
-def report(table: str, by_day: Mapping[str, Sequence[Matches]]) -> tuple[Matches, dict[str, Any]]:
+def report(table: str, by_day: Mapping[str, Sequence[Matches]], ages: str = "staleness_hours") -> tuple[Matches, dict[str, Any]]:
     """All together, and what is kept of them: table, totals, and the same for each day."""
     days = {day: sum(parts, Matches()) for day, parts in by_day.items()}
     total = sum(days.values(), Matches())
-    return total, {"table": table, **total.as_json(), "days": {day: matches.as_json() for day, matches in sorted(days.items()) if day}}
+    return total, {
+        "table": table,
+        **total.as_json(ages),
+        "days": {day: matches.as_json(ages) for day, matches in sorted(days.items()) if day},
+    }

@@ -25,9 +25,9 @@ from mlenv.config import TRANSFORMS, DataConfig, TableTransform, WindowConfig, i
 from mlenv.datasets.columns import check_columns, extra_columns
 from mlenv.datasets.encoded_rows import EncodedRows, Integers, join, tell_apart, to_batch
 from mlenv.datasets.encoding import RowError, encode
-from mlenv.errors import ConfigError, DataError, MlenvError, PlacedError, Problems, placed_under
+from mlenv.errors import ConfigError, DataError, MlenvError, PlacedError, Problems, TableError, placed_under
 from mlenv.schema import Schema
-from mlenv.transforms import Plan, Rows, Transforms, open_tables
+from mlenv.transforms import Found, Plan, Rows, Transforms, open_tables
 
 logger = logging.getLogger(__name__)
 
@@ -130,8 +130,8 @@ class ParquetSource:
 
     @property
     def findings(self) -> tuple[str, ...]:
-        """What transforms that look over the whole window dropped, and why."""
-        _ = self._dropped
+        """What transforms that look over the whole window dropped or sampled, and why."""
+        _ = self._found
         return tuple(self._notes)
 
     @property
@@ -177,32 +177,21 @@ class ParquetSource:
             text += "".join(f"\n{place} {table.fingerprint}" for place, table in self._tables)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
-    def check_tables(self) -> None:
-        """
-        Raises:
-            ConfigError: a table that ``data.transforms`` join is too large to be held in memory.
-        """
-        for place, table in self._tables:
-            with placed_under(f"data.transforms[{place}]"):
-                table.check_memory()
-
     @cached_property
     def joins(self) -> dict[str, dict[str, Any]]:
         """By key of the config, how many rows find something in the table that is joined, and how old it is, in all and by day.
 
         Raises:
-            ConfigError: see ``check_tables``.
             DataError: too few find something, or the table cannot be read.
         """
-        self.check_tables()
         joins = {}
         for place, table in self._tables:
             plan = self._transforms.plan(table.reads, before=place)
 
             def measure(group: RowGroup, plan: Plan = plan, look: Callable[[pa.RecordBatch], object] = table.measure) -> object:
-                return look(self._transformed(group, plan, self._read(group, plan.stored), self._dropped[group])[0])
+                return look(self._transformed(group, plan, self._read(group, plan.stored), self._found[group])[0])
 
-            _ = self._dropped  # surveyed before the threads ask for it
+            _ = self._found  # surveyed before the threads ask for it
             by_day = defaultdict(list)
             for group, measured in zip(self._row_groups, self._map(measure, self._row_groups), strict=True):
                 by_day[self._partitions(group.file).get("date", "")].append(measured)
@@ -242,6 +231,11 @@ class ParquetSource:
         for place in range(max(int(len(groups) / step), 1) if groups else 0):
             yield self._rows(groups[int(place * step)], plan)[0]
 
+    def nothing_left(self) -> DataError:
+        """The error of a window of which the transforms leave no row."""
+        fix = "loosen data.transforms, or change the window"
+        return DataError(self._root, expected=f"rows that data.transforms leave in {self._window}", received="none", fix=fix)
+
     def close(self) -> None:
         """Ends what was started for the workers."""
         self._workers.close()
@@ -259,7 +253,7 @@ class ParquetSource:
             for window, groups in enumerate(self._windows(epoch))
             if (epoch, window) >= (start.epoch, start.window)
         )
-        _ = self._dropped  # surveyed before the workers ask for it
+        _ = self._found  # surveyed before the workers ask for it
         return self._workers.map(self._encode_window, plan)
 
     def _windows(self, epoch: int) -> list[list[RowGroup]]:
@@ -299,17 +293,19 @@ class ParquetSource:
         """The rows that the transforms leave of a row group, and which of its rows they are; None for all."""
         rows, kept = self._read(group, plan.stored), None
         if plan.steps:
-            rows, kept = self._transformed(group, plan, rows, self._dropped[group])
+            rows, kept = self._transformed(group, plan, rows, self._found[group])
         if any(name in self._extra_types for name in plan.wanted):
             # Files may store them differently; predictions have one type a column, and so have equal requests.
             rows = rows.cast(pa.schema([(field.name, self._extra_types.get(field.name, field.type)) for field in rows.schema]))
         return rows, kept
 
     def _transformed(
-        self, group: RowGroup, plan: Plan, rows: pa.RecordBatch, dropped: dict[int, Rows]
+        self, group: RowGroup, plan: Plan, rows: pa.RecordBatch, found: dict[int, Found]
     ) -> tuple[pa.RecordBatch, Rows | None]:
         try:
-            return self._transforms.apply(plan, rows, dropped)
+            return self._transforms.apply(plan, rows, found)
+        except TableError:
+            raise
         except PlacedError as error:
             place = f"{group.file}, row group {group.index}, {error.place}"
             raise DataError(place, expected=error.expected, received=error.received, fix=error.fix) from error
@@ -348,22 +344,27 @@ class ParquetSource:
         logger.warning("passed over: %s", error)
 
     @cached_property
-    def _dropped(self) -> dict[RowGroup, dict[int, Rows]]:
-        """By row group and place in the config, the rows that go for reasons that only the whole window shows."""
-        dropped: dict[RowGroup, dict[int, Rows]] = {group: {} for group in self._row_groups}
+    def _found(self) -> dict[RowGroup, dict[int, Found]]:
+        """By row group and place in the config, what only the whole window shows."""
+        found: dict[RowGroup, dict[int, Found]] = {group: {} for group in self._row_groups}
         for place, transform in self._transforms.over_the_window:
             plan = self._transforms.plan(transform.reads, before=place)
 
             def survey(group: RowGroup, plan: Plan = plan, look: Callable[[pa.RecordBatch], object] = transform.survey) -> object:
-                return look(self._transformed(group, plan, self._read(group, plan.stored), dropped[group])[0])
+                return look(self._transformed(group, plan, self._read(group, plan.stored), found[group])[0])
 
-            findings = transform.conclude(self._map(survey, self._row_groups))
-            for group, rows in zip(self._row_groups, findings.dropped, strict=True):
-                dropped[group][place] = rows
-            notes = [f"drops {sum(map(len, findings.dropped))} rows", *findings.notes]
+            surveys = self._map(survey, self._row_groups)
+            with placed_under(f"data.transforms[{place}]"):
+                findings = transform.conclude(surveys)
+            rules: Sequence[Found] = [findings.apply] * len(self._row_groups) if findings.apply is not None else findings.dropped
+            for group, rule in zip(self._row_groups, rules, strict=True):
+                found[group][place] = rule
+            notes = list(findings.notes)
+            if findings.apply is None:
+                notes.insert(0, f"drops {sum(map(len, findings.dropped))} rows")
             self._notes += [f"data.transforms[{place}]: {note}" for note in notes]
             logger.info("%s: data.transforms[%d] %s", self._window, place, "; ".join(notes))
-        return dropped
+        return found
 
     @cached_property
     def _num_kept(self) -> dict[RowGroup, int]:
@@ -374,18 +375,17 @@ class ParquetSource:
         """
         if not self._plan.drops_rows:
             return {group: group.num_rows for group in self._row_groups}
-        plan, dropped = self._transforms.plan(()), self._dropped
+        plan, found = self._transforms.plan(()), self._found
 
         def count(group: RowGroup) -> int:
-            kept = self._transformed(group, plan, self._read(group, plan.stored), dropped[group])[1]
+            kept = self._transformed(group, plan, self._read(group, plan.stored), found[group])[1]
             return group.num_rows if kept is None else len(kept)
 
         counts = dict(zip(self._row_groups, self._map(count, self._row_groups), strict=True))
         stored = sum(group.num_rows for group in self._row_groups)
         logger.info("%s: data.transforms leave %d of %d rows", self._window, sum(counts.values()), stored)
         if not any(counts.values()):
-            fix = "loosen data.transforms, or change the window"
-            raise DataError(self._root, expected=f"rows that data.transforms leave in {self._window}", received="none", fix=fix)
+            raise self.nothing_left()
         return counts
 
     def _map(self, function: Callable[[RowGroup], _Result], groups: Sequence[RowGroup]) -> list[_Result]:

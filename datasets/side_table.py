@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 import pyarrow as pa
 import pyarrow.fs
@@ -28,8 +28,7 @@ class SideTable:
 
     Raises:
         ConfigError: a column is in no file, or the URL cannot be opened.
-        DataError: nothing is there, a file is no Parquet file, a column is missing in one of them or has another type, or no
-            file has rows.
+        DataError: nothing is there, a file is no Parquet file, or a column is missing in one of them or has another type.
     """
 
     def __init__(self, path: str, columns: dict[str, str]) -> None:
@@ -41,14 +40,19 @@ class SideTable:
         files = self._list_files()
         self._footers = {file: self._read_footer(file) for file in files}
         self.schema = self._common_schema(columns)
-        if not self.num_rows:
-            fix = "write its rows first, or take the join out"
-            raise DataError(path, expected="a table with rows", received=f"{len(files)} files without rows", fix=fix)
 
     @property
     def num_rows(self) -> int:
         """Rows of all files."""
         return sum(footer.num_rows for footer in self._footers.values())
+
+    def require_rows(self, fix: str) -> None:
+        """
+        Raises:
+            DataError: no file has rows.
+        """
+        if not self.num_rows:
+            raise DataError(self.path, expected="a table with rows", received=f"{len(self._footers)} files without rows", fix=fix)
 
     @property
     def modified(self) -> tuple[int | None, ...]:
@@ -132,6 +136,11 @@ class SideTable:
 
     def _name(self, file: str) -> str:
         return str(PurePosixPath(file).relative_to(self._root))
+
+
+def absolute(path: str) -> str:
+    """The same table for a process that runs in another folder."""
+    return path if "://" in path else str(Path(path).absolute())
 
 
 def key_kind(kind: pa.DataType) -> str:

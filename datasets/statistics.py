@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -242,6 +242,23 @@ def collect(batches: Iterable[pa.RecordBatch], schema: Schema) -> Statistics:
     return functools.reduce(Statistics.merged, (_of_batch(batch, schema) for batch in batches))
 
 
+def days_of(batch: pa.RecordBatch, schema: Schema) -> pa.Array | None:
+    """The day of each row as text, of the partition, or else of the event time."""
+    if DAY in batch.schema.names:
+        return batch.column(DAY).cast(pa.string())
+    if schema.event_time in batch.schema.names and pa.types.is_timestamp(batch.schema.field(schema.event_time).type):
+        return pc.strftime(batch.column(schema.event_time), "%Y-%m-%d")
+    return None
+
+
+def by_day(batch: pa.RecordBatch, schema: Schema) -> Iterator[tuple[str, pa.RecordBatch]]:
+    """The rows of each day, in the order of the days; those without one come first, under an empty name."""
+    days = days_of(batch, schema)
+    texts = pa.repeat("", batch.num_rows) if days is None else days.fill_null("")
+    for day in sorted(texts.unique().to_pylist()):
+        yield day, batch.filter(pc.equal(texts, day))
+
+
 def _of_batch(batch: pa.RecordBatch, schema: Schema) -> Statistics:
     outcomes = [_outcomes(batch, task, label) for task, label in schema.labels.items()]
     rows, names = batch.num_rows, set(batch.schema.names)
@@ -257,7 +274,7 @@ def _of_batch(batch: pa.RecordBatch, schema: Schema) -> Statistics:
     for column in (schema.request, schema.event_time, *schema.segments):
         if column in names:
             identity = splitmix64(identity ^ _plain_hashes(batch.column(column)))
-    day = _days(batch, schema)
+    day = days_of(batch, schema)
     keys = [_plain_hashes(batch.column(column)) for column in schema.row_key if column in names]
     whole = tally(np.zeros(rows, np.int64), 1, outcomes)
     return Statistics(
@@ -379,15 +396,6 @@ def _outcomes(batch: pa.RecordBatch, task: str, label: Label) -> Integers:
     if label.weight:
         counts &= np.nan_to_num(_floats(batch.column(label.weight))) > 0
     return np.where(counts, 1 + (np.nan_to_num(positive) > 0), 0).astype(np.int64)
-
-
-def _days(batch: pa.RecordBatch, schema: Schema) -> pa.Array | None:
-    """The day of each row as text, of the partition, or else of the event time."""
-    if DAY in batch.schema.names:
-        return batch.column(DAY).cast(pa.string())
-    if schema.event_time in batch.schema.names and pa.types.is_timestamp(batch.schema.field(schema.event_time).type):
-        return pc.strftime(batch.column(schema.event_time), "%Y-%m-%d")
-    return None
 
 
 def _newest_events(batch: pa.RecordBatch, schema: Schema, day: pa.Array | None) -> dict[str, int] | None:

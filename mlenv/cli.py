@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from mlenv.errors import GateError, MlenvError, TrainingError
 
 if TYPE_CHECKING:
-    from mlenv.config import ExperimentConfig
+    from mlenv.config import ExperimentConfig, WindowConfig
     from mlenv.loops.evaluate import Evaluation
 
 DONE, FAILED, WRONG_INPUT, GATE = 0, 1, 2, 3
@@ -80,6 +80,12 @@ def _parser() -> argparse.ArgumentParser:
                 "--baseline",
                 default="",
                 help="another window, a file of statistics, or the output folder of a training; the training window",
+            )
+            made.add_argument(
+                "--backfilled",
+                type=_days,
+                metavar="START:END",
+                help="days of the training window, or of --window, whose features were back-filled; judged against its other days",
             )
             made.add_argument("--out", type=Path, help="folder for validation.json, validation.html and statistics.json")
 
@@ -162,7 +168,7 @@ def _predict(config: ExperimentConfig, options: argparse.Namespace) -> int:
 def _validate(config: ExperimentConfig, options: argparse.Namespace) -> int:
     from mlenv.validation_run import validate
 
-    verdict = validate(config, window=options.window, baseline=options.baseline, out=options.out)
+    verdict = validate(config, window=options.window, baseline=options.baseline, backfilled=options.backfilled, out=options.out)
     for finding in verdict.raised:
         limit = "" if finding.limit is None else f" (limit {finding.limit:.4g})"
         print(f"{finding.severity.upper()}  {finding.check.ljust(21)}  {finding.subject}  {finding.value:.4g}{limit}")
@@ -171,6 +177,19 @@ def _validate(config: ExperimentConfig, options: argparse.Namespace) -> int:
     if options.out is not None:
         print(f"page     {options.out / 'validation.html'}")
     return GATE if verdict.severity == "fail" else DONE
+
+
+def _days(text: str) -> WindowConfig:
+    """START:END, both ends included."""
+    from mlenv.config import WindowConfig
+
+    start, separator, end = text.partition(":")
+    try:
+        if start and end and separator:
+            return WindowConfig(start=start, end=end)
+    except MlenvError:
+        pass
+    raise argparse.ArgumentTypeError(f"expected START:END, two days as YYYY-MM-DD in order. Received: {text!r}")
 
 
 def _vocabulary(config: ExperimentConfig, options: argparse.Namespace) -> int:
@@ -220,7 +239,7 @@ def _backfill(options: argparse.Namespace) -> int:
 
     config = compose(options.config, options.overrides)
     if options.dry_run:
-        check_data(config, joins_in_memory=False)
+        check_data(config)
         print(f"would write {config.data.path} with the columns of its joins to {options.out}")
         return DONE
     num_rows = backfill(config.data, config.schema, options.out)

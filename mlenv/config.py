@@ -106,22 +106,29 @@ class TransformConfig(_RowTransform, Protocol):
         """The rows that stay, in order, with the columns ``writes``; columns that it does not know pass through."""
 
 
+RowRule = Callable[["pa.RecordBatch", tuple[str, ...]], "pa.RecordBatch"]
+"""Rows and the columns of the row key to the rows that stay."""
+
+
 @dataclass(frozen=True)
 class Findings:
     """What a look over the whole window gives."""
 
-    dropped: Sequence[NDArray[np.int64]]
-    """For each row group, in the order of the files, the rows that go, in rising order."""
+    dropped: Sequence[NDArray[np.int64]] = ()
+    """For each row group, in the order of the files, the rows that go, in rising order; empty with ``apply``."""
     notes: tuple[str, ...] = ()
     """Why, for the log and the record of the run."""
+    apply: RowRule | None = None
+    """Instead of ``dropped``: what acts on each row group by what the window showed, as ``TransformConfig.apply`` does. It can be
+    pickled."""
 
 
 @runtime_checkable
 class WindowTransformConfig(_RowTransform, Protocol):
-    """Drops rows for a reason that only the whole window shows. The columns ``reads`` of all row groups are surveyed, in any
-    order and in threads, before the first row is used."""
+    """Drops or weighs rows for a reason that only the whole window shows. The columns ``reads`` of all row groups are surveyed, in
+    any order and in threads, before the first row is used."""
 
-    def held_out(self) -> WindowTransformConfig | None:
+    def held_out(self) -> TransformConfig | WindowTransformConfig | None:
         """What takes its place on rows that are not trained on; None for nothing."""
 
     def survey(self, rows: pa.RecordBatch) -> Any:
@@ -155,14 +162,24 @@ class TableTransform(TransformConfig, Protocol):
     def fingerprint(self) -> str:
         """Changes when the table does."""
 
-    def check_memory(self) -> None:
-        """Raises ConfigError when the table is too large to act on rows."""
-
     def measure(self, rows: pa.RecordBatch) -> Any:
         """How many of these rows find something in the table."""
 
     def conclude(self, by_day: Mapping[str, Sequence[Any]], window: str) -> dict[str, Any]:
         """What is kept of the measures of a window; raises DataError when they show that the join does not work."""
+
+
+@runtime_checkable
+class LabelTransformConfig(TableTransformConfig, Protocol):
+    """Makes a label that is known only some time after its row."""
+
+    @property
+    def days_until_known(self) -> int:
+        """Whole days after the day of a row until its label is known."""
+
+    @property
+    def masks(self) -> Mapping[str, str]:
+        """Labels that are null while they are not known, and the column that says where they are."""
 
 
 TRANSFORMS: dict[str, type | str] = {
@@ -174,9 +191,11 @@ TRANSFORMS: dict[str, type | str] = {
     "filter": "mlenv.datasets.transforms.filter:FilterConfig",
     "hash": "mlenv.datasets.transforms.values:HashConfig",
     "join": "mlenv.datasets.transforms.join:JoinConfig",
+    "label_events": "mlenv.datasets.transforms.label_events:LabelEventsConfig",
     "python": "mlenv.datasets.transforms.python_function:PythonConfig",
     "sample": "mlenv.datasets.transforms.sampling:SampleConfig",
     "sample_negatives": "mlenv.datasets.transforms.sampling:SampleNegativesConfig",
+    "stratify": "mlenv.datasets.transforms.stratify:StratifyConfig",
     "truncate": "mlenv.datasets.transforms.values:TruncateConfig",
 }
 """Transforms by the name that ``data.transforms[N].kind`` takes."""
@@ -658,9 +677,18 @@ class ChecksConfig:
     """Share of the rows that repeat another one in all but the row key; judged where the rows have an event time."""
     leakage_auc: Limits = Limits(warn=0.9, fail=0.95)
     """AUC of one feature alone for a task."""
+    backfill_label_auc: Limits = Limits(warn=0.02, fail=0.05)
+    """With ``--backfilled``: AUC of one feature alone for a task on back-filled days minus the same on days that were logged."""
+    backfills: dict[str, str] = field(default_factory=dict)
+    """Back-filled columns and the columns beside them that hold the same as it was logged; compared row by row."""
+    backfill_tolerance: float = 1e-6
+    """Difference relative to the larger one up to which two numbers agree; integers, texts and truth values agree only when equal."""
+    backfill_disagreement: Limits = Limits(warn=0.01, fail=0.1)
+    """Share of the rows with both columns of a pair in which they differ, over all and on the worst day."""
 
     def __post_init__(self) -> None:
         check_at_least("significance", self.significance, 0)
+        check_at_least("backfill_tolerance", self.backfill_tolerance, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -792,12 +820,28 @@ def _transform_problems(config: ExperimentConfig) -> Iterator[MlenvError]:
             if first != place:
                 expected = f"another seed than data.transforms[{first}], or both would keep the same rows"
                 yield ConfigError(f"{key}.seed", expected=expected, received=transform.sampling_seed)
+        if isinstance(transform, LabelTransformConfig):
+            yield from _label_problems(config, transform, key)
         for task, calibrator in config.calibration.items():
             weight = config.schema.labels[task].weight if task in config.schema.labels else ""
             if kind == "sample_negatives" and weight in transform.writes and kind_of(calibrator, CALIBRATORS) == "negative_sampling":
                 fix = f"take out calibration.{task}, or {key}.weight_column and schema.labels.{task}.weight"
                 expected = f"another kind, because the weights of {key} correct the sampling already"
                 yield ConfigError(f"calibration.{task}.kind", expected=expected, received="negative_sampling", fix=fix)
+
+
+def _label_problems(config: ExperimentConfig, transform: LabelTransformConfig, key: str) -> Iterator[MlenvError]:
+    """Labels of rows too young to have one, and labels that were not known yet when the test window began."""
+    for task, label in config.schema.labels.items():
+        mask = transform.masks.get(label.column or task)
+        if mask and not label.mask:
+            fix = f"set it to {mask}, or take out {key}.mask_column to leave out rows whose label is not known"
+            yield ConfigError(f"schema.labels.{task}.mask", expected="a column, because the label may be null", received="", fix=fix)
+    data, days = config.data, transform.days_until_known
+    if data.test is not None and data.label_wait_days < days:
+        fix = f"set it to {days}, and end the training window earlier"
+        expected = f"at least {days}, because {key} knows a label only then"
+        yield ConfigError("data.label_wait_days", expected=expected, received=data.label_wait_days, fix=fix)
 
 
 def _objective_problems(objective: ObjectiveConfig, schema: Schema) -> Iterator[MlenvError]:

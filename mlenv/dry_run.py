@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 
+from mlenv.backfill_checks import check_pairs
 from mlenv.batch import Extra, example_batch
 from mlenv.config import EmbeddingsConfig, ExperimentConfig
 from mlenv.datasets.parquet_source import NoFilesError, ParquetSource
@@ -16,12 +17,12 @@ from mlenv.schema import Table
 from mlenv.teacher import teacher_of
 
 
-def check_data(config: ExperimentConfig, *, joins_in_memory: bool = True) -> None:
+def check_data(config: ExperimentConfig) -> None:
     """Compares the columns of the files with the schema and the transforms. Days that are not there yet are not missed.
 
     Raises:
         Problems, DataError: see ParquetSource.
-        ConfigError: a table that is joined is not there, cannot be used, or is too large.
+        ConfigError: a table that is joined is not there or cannot be used.
     """
     data = replace(config.data, allow_missing_days=True)
     for name, window in (("train", data.train), ("validation", data.validation), ("test", data.test)):
@@ -29,8 +30,7 @@ def check_data(config: ExperimentConfig, *, joins_in_memory: bool = True) -> Non
             with suppress(NoFilesError):
                 extras: tuple[Extra, ...] = () if name == "train" else ("metadata",)
                 source = ParquetSource(data, window, config.schema, is_training=name == "train", extras=extras)
-                if joins_in_memory:
-                    source.check_tables()
+                check_pairs(source, config.checks)
 
 
 def check_parts(config: ExperimentConfig) -> None:

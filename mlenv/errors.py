@@ -40,6 +40,14 @@ class DataError(PlacedError):
     """A row, a column or a file does not hold what the schema promises."""
 
 
+class TableError(DataError):
+    """A table that is joined cannot be used, whichever rows ask for it."""
+
+    def under(self, prefix: str) -> Self:
+        """Itself: the place is the table's."""
+        return self
+
+
 class CheckpointError(PlacedError):
     """A checkpoint is missing, damaged, or belongs to another model."""
 

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mlenv.batch import Extra, example_batch
 from mlenv.composition import from_plain, to_plain, to_yaml
-from mlenv.config import CALIBRATORS, ExperimentConfig
+from mlenv.config import BALANCES, CALIBRATORS, ExperimentConfig
 from mlenv.datasets.parquet_source import ParquetSource
 from mlenv.errors import CheckpointError, ConfigError, MlenvError
 from mlenv.kinds import kind_of
@@ -120,6 +120,10 @@ class Experiment:
     def objective(self) -> Objective:
         """What the training lowers; its teacher, if it has one, is loaded with it."""
         config, device = self.config.objective, self.fabric.device
+        if world_size() > 1 and config.balance is not None and kind_of(config.balance, BALANCES) in ("grad_norm", "pcgrad"):
+            # They run backward once for each task, and gradients are averaged over the processes once a step.
+            received = f"{kind_of(config.balance, BALANCES)} with {world_size()} processes"
+            raise ConfigError("objective.balance", expected="uncertainty or none with several processes", received=received)
         probe = example_batch(self.schema).to(device)
         model, tasks = self.model, self.schema.tasks
         with torch.random.fork_rng():  # dropout goes on with the same numbers, whatever the objective draws
@@ -261,7 +265,7 @@ class Experiment:
         if "teach" in self.__dict__:
             prints |= {f"{name} fingerprint": text for name, text in self._teacher_fingerprint.items()}
         prints |= {
-            f"{split} join {join['table']}": f"{join['match_rate']:.2%} of {join['rows']:,} rows find something"
+            f"{split} join {join['table']}": f"{join['match_rate']:.2%} of {join['rows'] - join['unknown']:,} rows find something"
             for split, source in self._sources.items()
             for join in source.joins.values()
         }

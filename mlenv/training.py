@@ -8,7 +8,9 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlenv.backfill_checks import compare_pairs, read_pairs
 from mlenv.config import ExperimentConfig
+from mlenv.datasets.parquet_source import ParquetSource
 from mlenv.datasets.statistics import STATISTICS_FILE, Statistics, read_statistics
 from mlenv.experiment import SPLITS, Experiment, Split
 from mlenv.loops.evaluate import Evaluation, evaluate
@@ -18,7 +20,7 @@ from mlenv.loops.ranks import is_main
 from mlenv.loops.training_run import CHECKPOINT_FOLDER, CONFIG
 from mlenv.page import write_whole
 from mlenv.report import Report, write_report
-from mlenv.validation import validate_statistics, window_statistics
+from mlenv.validation import check_baseline, validate_statistics, window_statistics
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +58,7 @@ def train(config: ExperimentConfig) -> TrainingResult:
         # Where they may stop the training, every process takes them, and comes to the same verdict.
         statistics = _training_statistics(experiment) if is_main() or config.checks.before_training else None
         if statistics is not None and config.checks.before_training:
-            _check_training_window(statistics, config)
+            _check_training_window(statistics, config, experiment.source("train"))
         progress = fit(experiment.step, experiment.source("train"), experiment.run, config.loop)
         if statistics is not None and is_main():
             write_whole(statistics.to_json(), experiment.output / STATISTICS_FILE)
@@ -109,9 +111,12 @@ def _training_statistics(experiment: Experiment) -> Statistics:
     return window_statistics(source, at_most=STATISTICS_ROWS)
 
 
-def _check_training_window(statistics: Statistics, config: ExperimentConfig) -> None:
+def _check_training_window(statistics: Statistics, config: ExperimentConfig, source: ParquetSource) -> None:
     baseline = read_statistics(Path(config.checks.baseline)) if config.checks.baseline else None
-    verdict = validate_statistics(statistics, baseline, config.schema, config.checks, config.data.train)
+    if baseline is not None:
+        check_baseline(baseline, statistics, config.checks.baseline)
+    pairs = compare_pairs(read_pairs(source, config.checks), config.schema, config.checks)
+    verdict = validate_statistics(statistics, baseline, config.schema, config.checks, config.data.train, pairs)
     for finding in verdict.raised:
         logger.warning("data.train: %s of %s: %s Fix: %s.", finding.check, finding.subject, finding.detail, finding.fix)
     verdict.require("data.train")

@@ -9,10 +9,12 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from mlenv.config import TableTransformConfig, TransformConfig, WindowTransformConfig
+from mlenv.config import RowRule, TableTransformConfig, TransformConfig, WindowTransformConfig
 from mlenv.errors import ConfigError, nearest, placed_under
 
 Rows = NDArray[np.int64]
+Found = Rows | RowRule
+"""What the whole window said of a row group: the rows that go, or what acts on them."""
 
 _ROW = "__row__"
 """Column that carries the number of each row in its row group past transforms that drop rows."""
@@ -86,14 +88,14 @@ class Transforms:
                 columns = transform.output_schema(columns)
         return columns
 
-    def apply(self, plan: Plan, rows: pa.RecordBatch, dropped: Mapping[int, Rows] | None = None) -> tuple[pa.RecordBatch, Rows | None]:
+    def apply(self, plan: Plan, rows: pa.RecordBatch, found: Mapping[int, Found] | None = None) -> tuple[pa.RecordBatch, Rows | None]:
         """The wanted columns of the rows that stay, and the numbers that these rows had before; None when all rows stay.
 
         Columns that no transform touches are neither looked at nor copied, but for one filter at the end.
 
         Args:
             rows: the columns ``plan.stored``.
-            dropped: by the place of each transform of ``over_the_window``, the rows that it drops of those that come to it.
+            found: by the place of each transform of ``over_the_window``, which rows it drops of those that come to it.
         """
         touched = {name for _, transform in plan.steps for name in (*self._reads(transform), *transform.writes)}
         names = rows.schema.names
@@ -102,7 +104,8 @@ class Transforms:
             active = active.append_column(_ROW, pa.array(np.arange(rows.num_rows)))
         for place, transform in plan.steps:
             if isinstance(transform, WindowTransformConfig):
-                active = _without(active, (dropped or {})[place])
+                finding = (found or {})[place]
+                active = finding(active, self._row_key) if callable(finding) else _without(active, finding)
             else:
                 with placed_under(f"data.transforms[{place}]"):
                     active = transform.apply(active, self._row_key)

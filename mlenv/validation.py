@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import datetime
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mlenv.config import ChecksConfig, Limits, WindowConfig
+from mlenv.config import ChecksConfig, WindowConfig
 from mlenv.datasets.counts import Counts, Floats, Integers, Numbers, bin_centre
 from mlenv.datasets.statistics import ColumnStatistics, Statistics, collect, statistics_columns
-from mlenv.errors import GateError
+from mlenv.errors import DataError
+from mlenv.findings import Chance, Measure, Verdict, judge
 from mlenv.schema import Schema
 
 if TYPE_CHECKING:
     from mlenv.datasets.parquet_source import ParquetSource
-
-Severity = Literal["fail", "warn", "pass"]
-SEVERITIES: tuple[Severity, ...] = ("fail", "warn", "pass")
 
 LEAST_SHARE = 0.02
 """Ids of the baseline that make up so much of it are the parts that drift is measured over; all others are one part. Rarer ones,
@@ -30,123 +28,14 @@ such as users, come and go in bursts that no count of rows accounts for."""
 LEAST_LABELS = 20
 """Positives and negatives without which an AUC says nothing."""
 
-DRIFT = ("psi", "jensen_shannon", "kolmogorov_smirnov", "out_of_range")
-"""Checks that ``ChecksConfig.may_drift`` takes a feature out of."""
-
-FIXES = {
-    "coverage_drop": "find what stopped writing the column; until then train without the feature, or with feature dropout",
-    **dict.fromkeys(
-        ("psi", "jensen_shannon", "kolmogorov_smirnov"),
-        "look for a changed source; train anew if the world has changed; name a feature of the calendar in checks.may_drift",
-    ),
-    "out_of_range": "look for a changed unit or a broken source; clip the column if the values are right",
-    "new_value": "map the value to the one it replaces, or add it to the vocabulary and train again",
-    "unseen_ids": "look for ids that are written in another way than before",
-    "lost_value": "look for a renamed value or a filter that drops its rows",
-    "label_rate": "wait until the labels are complete, or repair their join",
-    "label_rate_by_segment": "look at what changed for this segment alone",
-    "missing_days": "write the missing day, or end the window before it",
-    "late_hours": "wait until the day is complete, or end the window before it",
-    "repeated_keys": "remove the repeated rows, or correct schema.row_key",
-    "repeated_rows": "remove the repeated rows",
-    "leakage_auc": "take the feature out if it is known only after the label",
-}
-"""What to do about a finding, by check."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One figure and what it means."""
-
-    severity: Severity
-    check: str
-    """A field of ChecksConfig."""
-    subject: str
-    """Feature, task, segment, day or ``rows``."""
-    value: float
-    limit: float | None
-    """The one that was exceeded; the first one that could be, for a pass."""
-    detail: str
-    """What was found, in words."""
-
-    @property
-    def fix(self) -> str:
-        """What to do about it."""
-        return FIXES[self.check]
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """All findings, the worst first."""
-
-    findings: Sequence[Finding]
-
-    @property
-    def severity(self) -> Severity:
-        """That of the worst finding."""
-        return self.findings[0].severity if self.findings else "pass"
-
-    @property
-    def raised(self) -> list[Finding]:
-        """Findings that are no pass."""
-        return [finding for finding in self.findings if finding.severity != "pass"]
-
-    def to_plain(self) -> dict[str, Any]:
-        """What JSON can hold."""
-        return {"severity": self.severity, "findings": [asdict(finding) | {"fix": finding.fix} for finding in self.findings]}
-
-    def require(self, what: str) -> None:
-        """Raises GateError if there is a failure."""
-        failures = [finding for finding in self.findings if finding.severity == "fail"]
-        if failures:
-            lines = [f"  - {finding.check} of {finding.subject}: {finding.detail} Fix: {finding.fix}." for finding in failures]
-            raise GateError("\n".join([f"{what} failed {len(failures)} of its checks.", *lines]))
-
-
-@dataclass(frozen=True)
-class _Chance:
-    """What differences bring about by themselves between two samples of these sizes."""
-
-    significance: float
-    """Standard errors."""
-    rows_per_request: float
-    """Rows of a request resemble each other: so many count as one."""
-
-    def _error(self, size: float, other: float) -> float:
-        return math.sqrt(self.rows_per_request * (1 / size + 1 / other))
-
-    def is_less_than(self, share: float, size: float, other_share: float, other_size: float) -> bool:
-        """Whether two shares differ by more than chance."""
-        pooled = (share * size + other_share * other_size) / (size + other_size)
-        spread = math.sqrt(max(pooled * (1 - pooled), 0.0))
-        return abs(share - other_share) > self.significance * spread * self._error(size, other_size)
-
-    def distance(self, size: float, other: float) -> float:
-        """Between two cumulative distributions: as improbable as so many standard errors are (Dvoretzky-Kiefer-Wolfowitz)."""
-        return self.significance / 2 * self._error(size, other)
-
-    def stability(self, num_parts: int, size: float, other: float) -> float:
-        """Of the population stability index: about ``1/n + 1/m`` times a chi-squared variable of ``num_parts - 1`` degrees.
-
-        Source of the bound on its tail: Laurent and Massart, "Adaptive Estimation of a Quadratic Functional by Model
-        Selection", The Annals of Statistics, 2000.
-        """
-        freedom = max(num_parts - 1, 1)
-        return self._error(size, other) ** 2 * (freedom + self.significance * math.sqrt(2 * freedom) + self.significance**2)
-
-
-@dataclass(frozen=True)
-class _Measure:
-    check: str
-    subject: str
-    value: float
-    detail: str
-    is_beyond_chance: bool = True
-    feature: str = ""
-
 
 def validate_statistics(
-    window: Statistics, baseline: Statistics | None, schema: Schema, checks: ChecksConfig, span: WindowConfig | None = None
+    window: Statistics,
+    baseline: Statistics | None,
+    schema: Schema,
+    checks: ChecksConfig,
+    span: WindowConfig | None = None,
+    more: Iterable[Measure] = (),
 ) -> Verdict:
     """Judges the statistics of a window.
 
@@ -154,8 +43,9 @@ def validate_statistics(
         baseline: statistics of an earlier window; without it only what a window shows by itself is judged. Features that
             it does not have are not compared.
         span: days that the window was meant to have.
+        more: what was measured elsewhere and is judged with the rest.
     """
-    chance = _Chance(checks.significance, max(part.rows_per_request for part in (window, baseline) if part is not None))
+    chance = Chance(checks.significance, max(part.rows_per_request for part in (window, baseline) if part is not None))
     measures = [*_own_measures(window, span or WindowConfig())]
     if baseline is not None:
         for name, column in window.columns.items():
@@ -163,37 +53,42 @@ def validate_statistics(
                 measures += _compared(name, column, baseline.columns[name], chance)
         measures += _late_hours(window, baseline)
     measures += _label_rates(window, baseline, chance)
-    findings = [
-        _judged(measure, schema, checks) for measure in measures if measure.check not in DRIFT or measure.feature not in checks.may_drift
-    ]
-    return Verdict(sorted(findings, key=lambda found: (SEVERITIES.index(found.severity), -_excess(found), found.check, found.subject)))
+    return judge([*measures, *more], schema, checks)
 
 
 def window_statistics(source: ParquetSource, *, at_most: int = 0) -> Statistics:
-    """Statistics of the rows of a source, read once; of about ``at_most`` of them, from all over the window, where that is not 0."""
+    """Statistics of the rows of a source, read once; of about ``at_most`` of them, from all over the window, where that is not 0.
+
+    Raises:
+        DataError: the transforms leave no row, or a row group cannot be read.
+    """
     columns = statistics_columns(source.schema, source.column_names)
-    rows = source.record_batches(columns, at_most=at_most)
-    return replace(collect(rows, source.schema), data_fingerprint=source.fingerprint)
+    found = collect(source.record_batches(columns, at_most=at_most), source.schema)
+    if not found.rows and not at_most:
+        raise source.nothing_left()
+    return replace(found, data_fingerprint=source.fingerprint)
 
 
-def _judged(measure: _Measure, schema: Schema, checks: ChecksConfig) -> Finding:
-    limits: Limits = getattr(checks, measure.check)
-    severity: Severity = "pass"
-    limit = limits.warn if limits.warn is not None else limits.fail
-    if measure.is_beyond_chance:
-        if limits.fail is not None and measure.value >= limits.fail:
-            severity, limit = "fail", limits.fail
-        elif limits.warn is not None and measure.value >= limits.warn:
-            is_core = measure.feature in schema.features and schema.features[measure.feature].core
-            severity = "fail" if is_core else "warn"
-    return Finding(severity, measure.check, measure.subject, float(measure.value), limit, measure.detail)
+def check_baseline(baseline: Statistics, window: Statistics, place: str) -> None:
+    """
+    Raises:
+        DataError: the baseline has no row, or is of another schema: it has none of the features, or one of another kind.
+    """
+    fix = "name statistics of this schema, or write them with mlenv validate CONFIG --out DIR"
+    if not baseline.rows:
+        raise DataError(place, expected="statistics of some rows", received="of none", fix=fix)
+    common = [name for name in window.columns if name in baseline.columns]
+    if not common:
+        received = f"statistics of {', '.join(list(baseline.columns)[:5])}"
+        raise DataError(place, expected=f"statistics of {', '.join(list(window.columns)[:5])}", received=received, fix=fix)
+    for name in common:
+        now, before = (sorted(part.to_plain()) for part in (window.columns[name], baseline.columns[name]))
+        if now != before:
+            parts = [" and ".join(part for part in ("values", "numbers", "lengths") if part in kind) for kind in (now, before)]
+            raise DataError(f"{place}, feature {name!r}", expected=f"statistics with {parts[0]}", received=f"with {parts[1]}", fix=fix)
 
 
-def _excess(finding: Finding) -> float:
-    return finding.value / finding.limit if finding.limit else finding.value
-
-
-def _own_measures(window: Statistics, span: WindowConfig) -> Iterator[_Measure]:
+def _own_measures(window: Statistics, span: WindowConfig) -> Iterator[Measure]:
     """What needs no baseline."""
     for name, column in window.columns.items():
         for task, auc in zip(window.tasks, column.label_aucs(), strict=True):
@@ -202,18 +97,18 @@ def _own_measures(window: Statistics, span: WindowConfig) -> Iterator[_Measure]:
             is_enough = min(positives, counted - positives) >= LEAST_LABELS
             if not math.isnan(auc):
                 detail = f"alone it tells positives of {task} from negatives with an AUC of {auc:.3f}."
-                yield _Measure("leakage_auc", f"{name} for {task}", auc, detail, is_enough, column.feature)
+                yield Measure("leakage_auc", f"{name} for {task}", auc, detail, is_enough, column.feature)
     for check, counts, what in (("repeated_keys", window.row_keys, "have the key of"), ("repeated_rows", window.all_rows, "repeat")):
         if counts is not None and (check == "repeated_keys" or window.newest is not None):
             share = counts.repeated_share
-            yield _Measure(check, "rows", share, f"{share:.2%} of the {window.rows:,} rows {what} another row.")
+            yield Measure(check, "rows", share, f"{share:.2%} of the {window.rows:,} rows {what} another row.")
     if window.days is not None:
         missing = _missing_days([*window.days.by_value()], span)
         if missing:
             named = ", ".join(missing[:5]) + (" and others" if len(missing) > 5 else "")
-            yield _Measure("missing_days", named, len(missing), f"{len(missing)} of the days of the window have no row: {named}.")
+            yield Measure("missing_days", named, len(missing), f"{len(missing)} of the days of the window have no row: {named}.")
         else:
-            yield _Measure("missing_days", "rows", 0, "no day of the window is missing.")
+            yield Measure("missing_days", "rows", 0, "no day of the window is missing.")
 
 
 def _missing_days(days: Sequence[str], span: WindowConfig) -> list[str]:
@@ -233,16 +128,16 @@ def _is_day(text: str) -> bool:
         return False
 
 
-def _late_hours(window: Statistics, baseline: Statistics) -> Iterator[_Measure]:
-    earlier = _hours_before_end(baseline)
-    for day, hours in _hours_before_end(window).items():
+def _late_hours(window: Statistics, baseline: Statistics) -> Iterator[Measure]:
+    earlier = hours_before_end(baseline)
+    for day, hours in hours_before_end(window).items():
         if earlier:
             usual = max(earlier.values())
             detail = f"its newest event is {hours:.1f} hours before the end of the day in UTC, in the baseline at most {usual:.1f}."
-            yield _Measure("late_hours", day, max(hours - usual, 0.0), detail)
+            yield Measure("late_hours", day, max(hours - usual, 0.0), detail)
 
 
-def _hours_before_end(statistics: Statistics) -> dict[str, float]:
+def hours_before_end(statistics: Statistics) -> dict[str, float]:
     """How long before its end each day falls silent; negative where the days are not those of UTC."""
     found = {}
     for day, newest in (statistics.newest or {}).items():
@@ -252,7 +147,7 @@ def _hours_before_end(statistics: Statistics) -> dict[str, float]:
     return found
 
 
-def _label_rates(window: Statistics, baseline: Statistics | None, chance: _Chance) -> Iterator[_Measure]:
+def _label_rates(window: Statistics, baseline: Statistics | None, chance: Chance) -> Iterator[Measure]:
     """Over all and by segment against the baseline; each day against the baseline, or else against the other days."""
     earlier = baseline.labels if baseline is not None and baseline.tasks == window.tasks else None
     days = {} if window.days is None else window.days.by_value()
@@ -272,18 +167,18 @@ def _label_rates(window: Statistics, baseline: Statistics | None, chance: _Chanc
                     yield _label_rate("label_rate_by_segment", subject, task, window, tallied, before[value], chance)
 
 
-def _label_rate(check: str, subject: str, task: str, statistics: Statistics, now: Integers, before: Integers, chance: _Chance) -> _Measure:
+def _label_rate(check: str, subject: str, task: str, statistics: Statistics, now: Integers, before: Integers, chance: Chance) -> Measure:
     (counted, rate), (reference, usual) = statistics.label_rate(task, now), statistics.label_rate(task, before)
     if not counted or not reference:
-        return _Measure(check, subject, 0.0, f"no row that counts for {task}, or none to compare with.", False)
+        return Measure(check, subject, 0.0, f"no row that counts for {task}, or none to compare with.", False)
     change = abs(rate - usual) / usual if usual else (math.inf if rate else 0.0)
     is_beyond = chance.is_less_than(rate, counted, usual, reference)
-    return _Measure(check, subject, min(change, 1e9), f"{rate:.4%} of {counted:,} rows are positive, before it was {usual:.4%}.", is_beyond)
+    return Measure(check, subject, min(change, 1e9), f"{rate:.4%} of {counted:,} rows are positive, before it was {usual:.4%}.", is_beyond)
 
 
-def _compared(name: str, now: ColumnStatistics, before: ColumnStatistics, chance: _Chance) -> Iterator[_Measure]:
-    def measure(check: str, value: float, detail: str, is_beyond_chance: bool, part: str = "") -> _Measure:
-        return _Measure(check, f"{name}{part}", value, detail, is_beyond_chance, now.feature)
+def _compared(name: str, now: ColumnStatistics, before: ColumnStatistics, chance: Chance) -> Iterator[Measure]:
+    def measure(check: str, value: float, detail: str, is_beyond_chance: bool, part: str = "") -> Measure:
+        return Measure(check, f"{name}{part}", value, detail, is_beyond_chance, now.feature)
 
     drop = before.coverage - now.coverage
     detail = f"{now.coverage:.2%} of the rows have it, before it was {before.coverage:.2%}."
@@ -296,10 +191,10 @@ def _compared(name: str, now: ColumnStatistics, before: ColumnStatistics, chance
             yield from _compared_numbers(numbers, earlier, chance, weights, measure)
 
 
-Measure = Callable[..., _Measure]
+_Measured = Callable[..., Measure]
 
 
-def _compared_values(now: Counts, before: Counts, chance: _Chance, measure: Measure) -> Iterator[_Measure]:
+def _compared_values(now: Counts, before: Counts, chance: Chance, measure: _Measured) -> Iterator[Measure]:
     level = max(now.level, before.level)
     now, before = now.at(level), before.at(level)
     total, earlier = now.num_kept, before.num_kept
@@ -323,7 +218,7 @@ def _compared_values(now: Counts, before: Counts, chance: _Chance, measure: Meas
             yield measure("unseen_ids", all_share, detail, chance.is_less_than(all_share, size, 0.0, other_size))
 
 
-def _compared_numbers(now: Numbers, before: Numbers, chance: _Chance, part: str, measure: Measure) -> Iterator[_Measure]:
+def _compared_numbers(now: Numbers, before: Numbers, chance: Chance, part: str, measure: _Measured) -> Iterator[Measure]:
     total, earlier = now.count, before.count
     yield from _drift(*_number_parts(now, before), chance, part, measure)
     keys = np.union1d(now.bins.keys, before.bins.keys)
@@ -335,7 +230,7 @@ def _compared_numbers(now: Numbers, before: Numbers, chance: _Chance, part: str,
     yield measure("out_of_range", outside, detail, chance.is_less_than(outside, total, 1 / earlier, earlier), part)
 
 
-def _drift(names: Sequence[str], now: Floats, before: Floats, chance: _Chance, part: str, measure: Measure) -> Iterator[_Measure]:
+def _drift(names: Sequence[str], now: Floats, before: Floats, chance: Chance, part: str, measure: _Measured) -> Iterator[Measure]:
     """``names``, ``now``, ``before``: the parts that the values are divided into, and how many of both are in each."""
     shares, usual = _smoothed(now), _smoothed(before)
     stability = float(((shares - usual) * np.log(shares / usual)).sum())

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import datetime
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
+from mlenv.backfill_checks import Side
 from mlenv.charts import NEUTRAL, Chart, Series, dot_chart
-from mlenv.datasets.counts import Counts, Numbers
+from mlenv.datasets.agreement import Agreement
+from mlenv.datasets.counts import Counts, Integers, Numbers
 from mlenv.datasets.statistics import ColumnStatistics, Statistics
 from mlenv.datasets.vocabulary import collision_shares
+from mlenv.findings import SEVERITIES, Finding, Verdict
 from mlenv.page import Cell, Table, render
 from mlenv.schema import Schema
-from mlenv.validation import Verdict
+from mlenv.validation import hours_before_end
 
 _MAX_CHARTS = 12
 _MAX_VALUES = 12
 _MAX_DAYS = 31
+_MAX_SEGMENTS = 10
 _NUM_TOP = 3
 
 
@@ -33,6 +38,12 @@ class ValidationPage:
     window: Statistics
     baseline: Statistics | None
     schema: Schema
+    sides: tuple[Side, Side] | None = None
+    """The back-filled days, and the logged ones; where days were compared."""
+    pairs: Mapping[str, Agreement] = field(default_factory=dict)
+    """By back-filled column, how far it agrees with the logged one."""
+    logged: Mapping[str, str] = field(default_factory=dict)
+    """By back-filled column, the name of the logged one."""
 
 
 def render_validation(page: ValidationPage) -> str:
@@ -43,7 +54,11 @@ def render_validation(page: ValidationPage) -> str:
         distributions=_distributions(page),
         labels=_label_charts(page),
         coverage=[_coverage_chart(page)],
+        backfilled=_sides(page),
+        pairs=_pairs(page),
         features=_features(page),
+        days=_days(page),
+        segments=_segments(page),
         tables=_tables(page),
     )
 
@@ -114,7 +129,7 @@ def _label_charts(page: ValidationPage) -> list[Chart]:
         for name, part in (("baseline", page.baseline), ("window", page.window)):
             if part is not None and part.days is not None and task in part.tasks:
                 days += [(name, day, part.label_rate(task, tallied)[1]) for day, tallied in part.days.by_value().items()]
-        days = [entry for entry in days if not math.isnan(entry[2])][-_MAX_DAYS:]
+        days = sorted((entry for entry in days if not math.isnan(entry[2])), key=lambda entry: entry[1])[-_MAX_DAYS:]
         if days:
             series = [
                 Series(name, [(rate, row) for row, (part, _, rate) in enumerate(days) if part == name], color, "dots")
@@ -136,20 +151,114 @@ def _coverage_chart(page: ValidationPage) -> Chart:
     return dot_chart("Share of the rows that have the feature", names, [entry for entry in series if entry.points], (0.0, 1.0))
 
 
+def _sides(page: ValidationPage) -> Table:
+    """Feature by feature, the back-filled days beside the logged ones; the worst first."""
+    if page.sides is None:
+        return Table([], 1, [])
+    tasks = page.window.tasks
+    header = ["Feature", "Verdict", "Coverage", "logged", "PSI", "KS"]
+    header += [name for task in tasks for name in (f"AUC for {task}", "logged")]
+    found: dict[str, list[Finding]] = {name: [] for name in page.window.columns}
+    for finding in page.verdict.findings:
+        if (name := finding.subject.split(" ")[0]) in found:
+            found[name].append(finding)
+    rows = []
+    for name in sorted(found, key=lambda name: min((SEVERITIES.index(finding.severity) for finding in found[name]), default=2)):
+        figures = [Cell(f"{side.statistics.columns[name].coverage:.2%}") for side in page.sides]
+        for check in ("psi", "kolmogorov_smirnov"):
+            values = [finding.value for finding in found[name] if finding.check == check]
+            figures.append(Cell(f"{max(values):.3f}" if values else ""))
+        for auc in (side.aucs.get((name, task)) for task in tasks for side in page.sides):
+            figures.append(Cell("") if auc is None else Cell(f"{auc.mean:.3f}", [f"highest {auc.highest.auc:.3f}", auc.highest.day]))
+        raised = [finding for finding in found[name] if finding.severity != "pass"]
+        checks = list(dict.fromkeys(finding.check.replace("_", " ") for finding in raised))
+        verdict = Cell(raised[0].severity if raised else "pass", checks)
+        rows.append([Cell(name), verdict, *figures])
+    return Table(header, 1, rows)
+
+
+def _pairs(page: ValidationPage) -> Table:
+    header = ["Back-filled", "Logged", "Rows with both", "Differ", "Worst day", "Coverage", "logged", "Mean difference", "Correlation"]
+    ids = {key.column for key in page.schema.sparse_keys}
+    rows = []
+    for name, pair in page.pairs.items():
+        day, worst = pair.worst_day
+        coverage = [f"{there / pair.rows:.2%}" for there in (pair.first, pair.second)]
+        numbers = ["", ""]
+        if pair.moments.count and not {name, page.logged[name]} & ids:
+            means = pair.moments.means
+            numbers = [f"{means[0] - means[1]:.4g}", "" if math.isnan(pair.moments.correlation) else f"{pair.moments.correlation:.4f}"]
+        figures = [f"{pair.num_both:,}", f"{pair.differing_share:.2%}", f"{worst:.2%} on {day}" if day else "", *coverage, *numbers]
+        rows.append([Cell(name), Cell(page.logged[name]), *map(Cell, figures)])
+    return Table(header, 2, rows)
+
+
+def _days(page: ValidationPage) -> Table:
+    """Rows, label rates and how far the newest event lies from the day's end: whether the day is complete."""
+    window = page.window
+    header = ["Day", "Rows", *window.tasks, "Newest event, UTC", "Hours before the end"]
+    hours, newest, rows = hours_before_end(window), window.newest or {}, []
+    for day, tallied in (window.days.by_value() if window.days is not None else {}).items():
+        event = "" if day not in newest else f"{datetime.datetime.fromtimestamp(newest[day] / 1000, datetime.UTC):%Y-%m-%d %H:%M:%S}"
+        late = f"{hours[day]:.1f}" if day in hours else ""
+        rows.append([Cell(day), Cell(f"{tallied[0]:,}"), *_rates(window, tallied), Cell(event), Cell(late)])
+    return Table(header, 1, rows)
+
+
+def _segments(page: ValidationPage) -> Table:
+    """The label rates of each segment, the most frequent first, over those of the baseline."""
+    before = page.baseline.segments or {} if page.baseline is not None and page.baseline.tasks == page.window.tasks else {}
+    rows = []
+    for column, counts in (page.window.segments or {}).items():
+        usual = before[column].by_value() if column in before else {}
+        rows += [
+            [Cell(f"{column}={str(value)[:24]}"), Cell(f"{tallied[0]:,}"), *_rates(page.window, tallied, usual.get(value))]
+            for value, tallied in counts.top(_MAX_SEGMENTS)
+        ]
+    return Table(["Segment", "Rows", *page.window.tasks], 1, rows)
+
+
+def _rates(statistics: Statistics, tallied: Integers, before: Integers | None = None) -> list[Cell]:
+    """The label rate of each task."""
+    cells = []
+    for task in statistics.tasks:
+        rate, usual = (math.nan if part is None else statistics.label_rate(task, part)[1] for part in (tallied, before))
+        notes = [] if math.isnan(usual) else [f"before {usual:.2%}"]
+        cells.append(Cell("" if math.isnan(rate) else f"{rate:.2%}", notes))
+    return cells
+
+
 def _features(page: ValidationPage) -> Table:
-    header = ["Feature", "Coverage", "Distinct", "Least", "Median", "Greatest", "Mean", "Deviation", "Mean length", "Most frequent"]
+    header = [
+        "Feature",
+        "Coverage",
+        "Distinct",
+        "Least",
+        "5 %",
+        "Median",
+        "95 %",
+        "Greatest",
+        "Mean",
+        "Deviation",
+        "Length",
+        "Most frequent",
+    ]
     rows = []
     for name, column in page.window.columns.items():
-        numbers = column.numbers
+        numbers, lengths = column.numbers, column.lengths
         spread = (
             []
             if numbers is None or not numbers.count
-            else [numbers.low, numbers.quantile(0.5), numbers.high, numbers.mean, numbers.deviation]
+            else [numbers.low, *map(numbers.quantile, (0.05, 0.5, 0.95)), numbers.high, numbers.mean, numbers.deviation]
         )
-        figures = [f"{figure:.4g}" for figure in spread] or [""] * 5
+        figures = [Cell(f"{figure:.4g}") for figure in spread] or [Cell("")] * 7
         distinct = "" if column.values is None else f"{'about ' if column.values.level else ''}{column.values.num_distinct:,}"
-        length = "" if column.lengths is None or not column.lengths.count else f"{column.lengths.mean:.2f}"
-        rows.append([Cell(name), *map(Cell, [f"{column.coverage:.2%}", distinct, *figures, length]), _top(column)])
+        missing = {"null": column.nulls, "empty": column.empty, "NaN or infinite": column.not_finite}
+        coverage = Cell(f"{column.coverage:.2%}", [f"{number:,} {name}" for name, number in missing.items() if number])
+        length = Cell("")
+        if lengths is not None and lengths.count:
+            length = Cell(f"{lengths.mean:.2f}", [f"median {lengths.quantile(0.5):.0f}", f"at most {lengths.high:.0f}"])
+        rows.append([Cell(name), coverage, Cell(distinct), *figures, length, _top(column)])
     return Table(header, 1, rows)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -144,6 +145,34 @@ def test_rates_hold_and_weights_undo_them(rate, seed):
     negatives = len(clicks) - clicks.sum()
     assert abs(negatives - 3000 * rate) <= 5 * math.sqrt(3000 * rate * (1 - rate)) + 1
     np.testing.assert_allclose(out.column("weight").to_numpy(), np.where(clicks, 3.0, 3.0 / rate))
+
+
+@given(st.integers(0, 2**62), st.integers(0, 2**62), st.sampled_from(["SampleConfig", "StratifyConfig"]))
+def test_draws_of_two_seeds_are_uniform_and_independent(seed, other, name):
+    rows = pa.RecordBatch.from_pydict({"key": np.arange(4000), "day": ["d"] * 4000})
+    first, second = draw(rows, ("key", "day"), "SampleConfig", seed), draw(rows, ("key", "day"), name, other)
+    for drawn in (first, second):
+        counts = np.histogram(drawn, bins=10, range=(0, 1))[0]
+        assert ((counts - 400) ** 2 / 400).sum() < 45  # chi-squared of 9 degrees: one in a million
+    correlation = np.corrcoef(first, second)[0, 1]
+    assert abs(correlation) < 5 / math.sqrt(4000) or (name == "SampleConfig" and seed == other and correlation == pytest.approx(1))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        SampleConfig(column="country", rates={"a": 0.25, "b": 0.6}, default_rate=0.5),
+        SampleNegativesConfig(negative="country = 'a'", rate=0.25),
+    ],
+)
+def test_weights_add_up_to_the_stored_rows_on_average(config):
+    rows = pa.RecordBatch.from_pydict({"key": np.arange(300), "country": np.array(list("abc"))[np.arange(300) % 3]})
+    sums = [np.sum(run([replace(config, weight_column="w", seed=seed)], rows)[0]["w"].to_numpy()) for seed in range(200)]
+    rates = np.array(
+        [{"a": 0.25, "b": 0.6, "c": 0.5}[name] if isinstance(config, SampleConfig) else {"a": 0.25}.get(name, 1) for name in "abc"]
+    )
+    error = math.sqrt((100 * (1 - rates) / rates).sum() / len(sums))
+    assert abs(np.mean(sums) - 300) <= 4 * error
 
 
 def test_two_samplers_draw_independently():

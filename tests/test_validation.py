@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
 import json
+import math
 import os
 import re
 from collections.abc import Callable
@@ -10,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -20,10 +23,11 @@ from mlenv.composition import compose
 from mlenv.config import ChecksConfig, Limits, WindowConfig
 from mlenv.datasets.kuairand import convert_kuairand, convert_kuairand_log
 from mlenv.datasets.simulated_ads import SimulationConfig, simulate
-from mlenv.datasets.statistics import Statistics, collect
+from mlenv.datasets.statistics import Statistics, collect, read_statistics
 from mlenv.errors import ConfigError, DataError, GateError, Problems
+from mlenv.findings import Verdict
 from mlenv.schema import Categorical, Label, Numeric, Schema, Table
-from mlenv.validation import Verdict, validate_statistics
+from mlenv.validation import validate_statistics
 from mlenv.validation_run import validate
 
 ROOT = Path(__file__).parents[1]
@@ -297,6 +301,43 @@ def test_the_page_and_the_files_say_the_same(simulated, tmp_path):
     assert "http" not in page.replace("http://www.w3.org", "")
     again = validate(demo(data), window="train", baseline=str(tmp_path / "out"))  # the statistics of the page are a baseline
     assert ("fail", "psi", "price") in found(again)
+
+
+def test_the_page_shows_what_the_window_holds(simulated, tmp_path):
+    nulls = changed(simulated, tmp_path / "ads", {LAST: nulls_doubled("price", 0.2)})
+    validate(demo(nulls, "schema.segments=[device]", "schema.tables.item.ids=hash"), out=tmp_path / "out")
+    page = (tmp_path / "out/validation.html").read_text()
+    statistics = read_statistics(tmp_path / "out")
+    rows = pl.read_parquet(nulls / "date=2026-01-0[345]/*.parquet")
+
+    def cells(name: str) -> list[str]:
+        row = re.search(rf'<th scope="row">{re.escape(name)}</th>\n((?:<td.*</td>\n)+)</tr>', page.split("Features of the window")[1])
+        return re.findall(r"<td[^>]*>(.*)</td>", row[1])
+
+    price = cells("price")
+    assert f"{rows['price'].null_count():,} null" in price[0]
+    found = [float(cell) for cell in price[2:9]]
+    prices = rows["price"].drop_nulls().sort()
+    quantiles = [prices[max(math.ceil(share * len(prices)) - 1, 0)] for share in (0, 0.05, 0.5, 0.95, 1)]
+    assert found == pytest.approx([*quantiles, rows["price"].mean(), rows["price"].std(ddof=0)], rel=0.011)
+    lists = rows["interests"].list.len()
+    assert float(cells("interests")[9].split("<")[0]) == pytest.approx(lists.filter(lists > 0).mean(), abs=0.006)
+    assert f"at most {lists.max()}" in cells("interests")[9]
+    device, share = rows["device"].value_counts(sort=True).row(0)
+    assert cells("device")[10].startswith(f"{device}: {share / len(rows):.1%}")
+    last = pl.read_parquet(nulls / f"date={LAST}/*.parquet")
+    newest = last["event_time"].max()
+    assert cells(LAST)[:2] == [f"{len(last):,}", f"{last['click'].mean():.2%}"]
+    assert cells(LAST)[-2:] == [f"{newest:%Y-%m-%d %H:%M:%S}", f"{hours_before_midnight(newest):.1f}"]
+    of_device = rows.filter(pl.col("device") == device)
+    assert cells(f"device={device}")[1].startswith(f"{of_device['click'].mean():.2%}<small>before ")
+    assert "Ids that share a row" in page
+    assert statistics.rows == len(rows)
+
+
+def hours_before_midnight(newest: datetime.datetime) -> float:
+    midnight = datetime.datetime.combine(newest.date() + datetime.timedelta(days=1), datetime.time(), datetime.UTC)
+    return (midnight - newest).total_seconds() / 3600
 
 
 def test_what_cannot_be_compared_is_refused(simulated, tmp_path):

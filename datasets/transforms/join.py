@@ -5,35 +5,26 @@ from __future__ import annotations
 import logging
 import re
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 from weakref import WeakValueDictionary
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-from numpy.typing import NDArray
 
-from mlenv.datasets.hashing import hash_rows
+from mlenv.datasets.disk_lookup import DiskLookup, open_lookup
 from mlenv.datasets.join_report import Matches, count_ages, report
-from mlenv.datasets.lookup import DuplicateKeyError, Integers, Lookup, one_array
-from mlenv.datasets.side_table import SideTable, key_kind
-from mlenv.datasets.transforms.expressions import as_array, require_columns, with_column, with_field
-from mlenv.errors import ConfigError, DataError, check_at_least
-
-if TYPE_CHECKING:
-    import polars as pl
+from mlenv.datasets.lookup import HASH, TIME, DuplicateKeyError, Integers, Lookup
+from mlenv.datasets.side_table import SideTable, absolute
+from mlenv.datasets.table_keys import as_text, check_keys, check_new, check_table_key, hash_keys
+from mlenv.datasets.times import check_duration, check_time, check_time_zone, duration, microseconds, to_utc
+from mlenv.datasets.transforms.expressions import require_columns, with_column, with_field
+from mlenv.errors import ConfigError, DataError, TableError, check_at_least
 
 logger = logging.getLogger(__name__)
 
-HASH, VALID, TIME = "__hash__", "__valid__", "__time__"
-"""Columns of rows on their way through a join: hash of the key, since when a row of the table holds, time of an event."""
-
-_MICROSECONDS = {"ms": 1_000, "s": 1_000_000, "m": 60_000_000, "h": 3_600_000_000, "d": 86_400_000_000}
-_DURATION = re.compile(r"(\d+(ms|[smhd]))+")
 _CLOCK = re.compile(r"([01]\d|2[0-3]):[0-5]\d")
 
 
@@ -45,8 +36,9 @@ class JoinConfig:
     ``ready_at`` say how long after ``valid_from`` that was. Of rows equally late the last counts, files in the order of their
     names. Times count in microseconds: an event's is rounded down, a row's up.
 
-    The table is held in memory, by each process that decodes. Keys are told apart by a hash of 64 bits, which is exact for a
-    single column of integers; else the chance that one of ten million keys finds the row of another among ten million is 0.0005 %.
+    The table is held by each process that decodes: in memory, or sorted in temporary files. Keys are told apart by a hash of 64
+    bits, which is exact for a single column of integers; else the chance that one of ten million keys finds the row of another
+    among ten million is 0.0005 %.
     """
 
     table: str
@@ -76,17 +68,16 @@ class JoinConfig:
     min_match_rate: float = 0.0
     """Share of a window's rows that must find a row, or nothing is trained."""
     memory_rows: int = 10_000_000
-    """Largest table that is held in memory; a larger one is joined by ``mlenv data backfill``, this many rows at once."""
+    """Largest table that is held in memory; a larger one is sorted about this many rows at once, and looked up in files under TMPDIR."""
 
     drops_rows: ClassVar[bool] = False
     sampling_seed: ClassVar[int | None] = None
 
     def __post_init__(self) -> None:
-        for name in ("table", "key", "columns"):
+        for name in ("table", "columns"):
             if not getattr(self, name):
                 raise ConfigError(name, expected="a table" if name == "table" else "at least one column", received=getattr(self, name))
-        if self.table_key and len(self.table_key) != len(self.key):
-            raise ConfigError("table_key", expected=f"{len(self.key)} columns, as many as key", received=list(self.table_key))
+        check_table_key(self.key, self.table_key)
         for name in self.rename.keys() - set(self.columns):
             raise ConfigError(f"rename.{name}", expected=f"one of columns, {list(self.columns)}", received=name)
         if len(set(self.writes)) < len(self.columns):
@@ -101,19 +92,18 @@ class JoinConfig:
         if self.ready_at and not _CLOCK.fullmatch(self.ready_at):
             raise ConfigError("ready_at", expected="a time of day as HH:MM", received=self.ready_at)
         for name in ("delay", "max_age"):
-            if getattr(self, name) and not _DURATION.fullmatch(getattr(self, name)):
-                raise ConfigError(name, expected="a length of time such as 90m, 3h or 1d12h", received=getattr(self, name))
+            check_duration(name, getattr(self, name))
         if not 0 <= self.min_match_rate <= 1:
             raise ConfigError("min_match_rate", expected="a number in [0, 1]", received=self.min_match_rate)
         check_at_least("memory_rows", self.memory_rows, 1)
-        _check_time_zone(self.time_zone)
+        check_time_zone(self.time_zone)
 
     @property
     def writes(self) -> tuple[str, ...]:
         return tuple(self.rename.get(name, name) for name in self.columns)
 
     def open(self, event_time: str) -> Join:
-        """The join as it acts, its table opened. Windows that join the same share what they hold in memory.
+        """The join as it acts, its table opened. Windows that join the same share what they hold.
 
         Args:
             event_time: what ``as_of`` is when it is empty.
@@ -129,7 +119,7 @@ class JoinConfig:
 
 
 class Join:
-    """A join whose table is opened: a transform, and what measures it or does it in parts.
+    """A join whose table is opened: a transform, and what measures it.
 
     Raises:
         ConfigError, DataError: see SideTable.
@@ -146,15 +136,15 @@ class Join:
         self.table = SideTable(
             config.table, dict.fromkeys(config.columns, "columns") | valid | dict.fromkeys(keys, "table_key" if config.table_key else "key")
         )
+        self.table.require_rows("write its rows first, or take the join out")
         if config.valid_from:
-            _check_time("valid_from", config.valid_from, self.table.schema.field(config.valid_from).type, text_days=True)
+            check_time("valid_from", config.valid_from, self.table.schema.field(config.valid_from).type, text_days=True)
         self._lock = threading.Lock()
-        self._held: Lookup | None = None
+        self._held: Lookup | DiskLookup | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         """In another process the table is opened again, and held once for all who join it there."""
-        table = self.config.table if "://" in self.config.table else str(Path(self.config.table).absolute())
-        return JoinConfig.open, (replace(self.config, table=table), self._as_of)
+        return JoinConfig.open, (replace(self.config, table=absolute(self.config.table)), self._as_of)
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -174,58 +164,31 @@ class Join:
 
     def output_schema(self, columns: pa.Schema) -> pa.Schema:
         config = self.config
-        require_columns(config.key, columns, "key")
-        for name, other in zip(config.key, self._table_key, strict=True):
-            mine, theirs = columns.field(name).type, self.table.schema.field(other).type
-            if not key_kind(theirs) or not key_kind(mine):
-                received = f"{name}, which is {mine}, and {other} of the table, which is {theirs}"
-                raise ConfigError("key", expected="columns of integers, texts, booleans or times", received=received)
-            if key_kind(mine) != key_kind(theirs):
-                into = "BIGINT" if key_kind(theirs) == "integer" else "VARCHAR"
-                fix = f"write them with one type, or derive a key before the join: CAST({name} AS {into})"
-                expected = f"a key of the type that the table has, {other}: {theirs}"
-                raise ConfigError("key", expected=expected, received=f"{name}: {mine}", fix=fix)
+        check_keys(config.key, columns, self._table_key, self.table.schema)
         if self._as_of:
             require_columns((self._as_of,), columns, "as_of")
-            _check_time("as_of", self._as_of, columns.field(self._as_of).type, text_days=False)
-        for name in (name for name in self.writes if name in columns.names and name not in config.replace):
-            fix = f"give it another name, rename: {{{name}: ...}}, or name it in replace"
-            raise ConfigError("columns", expected="columns that the data do not have", received=name, fix=fix)
-        require_columns(config.replace, columns, "replace")
+            check_time("as_of", self._as_of, columns.field(self._as_of).type)
+        check_new(self.writes, columns, config.replace, "columns", "rename: {{{}: ...}}")
         for name, other in zip(self.writes, config.columns, strict=True):
             columns = with_field(columns, name, self.table.schema.field(other).type)
         return columns
 
     def apply(self, rows: pa.RecordBatch, row_key: tuple[str, ...]) -> pa.RecordBatch:
-        lookup = self._lookup
-        for name, values in zip(self.writes, lookup.take(self.find(lookup, self.queries(rows))), strict=True):
+        places, _ = self._find(rows)
+        for name, values in zip(self.writes, self._lookup.take(places), strict=True):
             rows = with_column(rows, name, values)
         return rows
 
-    def check_memory(self) -> None:
-        """
-        Raises:
-            ConfigError: the table is too large to be held in memory.
-        """
-        if self.table.num_rows > self.config.memory_rows:
-            fix = "raise it, or write the joined columns once, with mlenv data backfill CONFIG --out FOLDER, and train on these"
-            expected = f"at least the {self.table.num_rows} rows of {self.table.path}"
-            raise ConfigError("memory_rows", expected=expected, received=self.config.memory_rows, fix=fix)
-
     def measure(self, rows: pa.RecordBatch) -> Matches:
         """How many of these rows find something, and how old it is."""
-        lookup, queries = self._lookup, self.queries(rows)
-        places = self.find(lookup, queries)
-        examples = rows.select(list(self.config.key)).filter(pa.array(places < 0)).slice(0, 3).to_pylist()
-        return self.matches(lookup, queries, places) + Matches(unmatched=tuple(_as_text(key) for key in examples))
-
-    def matches(self, lookup: Lookup, queries: pa.RecordBatch, places: Integers) -> Matches:
-        """The same for ``queries`` and what ``find`` gave for them, without examples."""
+        places, times = self._find(rows)
         found = places >= 0
-        if not self._as_of:
-            return Matches(len(found), int(found.sum()))
-        ages = queries.column(TIME).to_numpy()[found] - lookup.valid_since(places[found])
-        return Matches(len(found), int(found.sum()), count_ages(ages))
+        examples = rows.select(list(self.config.key)).filter(pa.array(~found)).slice(0, 3).to_pylist()
+        unmatched = tuple(as_text(key) for key in examples)
+        if times is None:
+            return Matches(len(found), int(found.sum()), unmatched=unmatched)
+        ages = times[found] - self._lookup.times_at(places[found])
+        return Matches(len(found), int(found.sum()), count_ages(ages), unmatched)
 
     def conclude(self, by_day: Mapping[str, Sequence[Matches]], window: str) -> dict[str, Any]:
         """What is kept of the measures of a window.
@@ -244,163 +207,70 @@ class Join:
         logger.info("%s: %.2f %% of %d rows find a row of %s%s", window, 100 * total.rate, total.rows, self.table.path, age)
         return kept
 
-    def queries(self, rows: pa.RecordBatch) -> pa.RecordBatch:
-        """What is looked up for these rows: the hash of the key, null where there is none, and the time."""
-        hashes, known = _hash_keys([rows.column(name) for name in self.config.key])
-        columns: dict[str, Any] = {HASH: hashes}
+    def _find(self, rows: pa.RecordBatch) -> tuple[Integers, Integers | None]:
+        """Places in the lookup, -1 for none, and the times of the events where they matter."""
+        hashes, known = hash_keys([rows.column(name) for name in self.config.key])
+        times = None
         if self._as_of:
-            times, has_time = _microseconds(rows.column(self._as_of), self._as_of, self.config.time_zone, round_up=False)
-            columns[TIME], known = times, known & has_time
-        columns[HASH] = pa.array(hashes, mask=None if known.all() else ~known)
-        return pa.RecordBatch.from_pydict(columns)
+            times, has_time = microseconds(rows.column(self._as_of), self._as_of, self.config.time_zone)
+            known = known & has_time
+        places = np.where(known, self._lookup.find(hashes, times), -1)
+        if self.config.max_age and times is not None:
+            places[times - self._lookup.times_at(places) > duration(self.config.max_age)] = -1
+        return places, times
 
-    def side_rows(self) -> Iterator[pa.RecordBatch]:
+    @property
+    def _lookup(self) -> Lookup | DiskLookup:
+        with self._lock:
+            if self._held is None:
+                values = pa.schema([self.table.schema.field(name) for name in self.config.columns])
+                sizes = {"num_rows": self.table.num_rows, "memory_rows": self.config.memory_rows}
+                try:
+                    self._held = open_lookup(self._table_rows(), values, self._known if self._as_of else None, **sizes)
+                except DuplicateKeyError as error:
+                    raise self._duplicate(error.key_hash) from error
+            return self._held
+
+    def _table_rows(self) -> Iterator[pa.RecordBatch]:
         """Rows of the table that can be found, in order: hash of the key, since when they hold, and the values.
 
         Raises:
             DataError: a file cannot be read, or a value is no time.
         """
         for file, rows in self.table.batches():
-            hashes, known = _hash_keys([rows.column(name) for name in self._table_key])
-            columns: dict[str, Any] = {HASH: pa.array(hashes)}
+            hashes, known = hash_keys([rows.column(name) for name in self._table_key])
+            columns = {HASH: pa.array(hashes)}
             if self._as_of:
                 place = f"{file}, column {self.config.valid_from!r}"
-                valid, has_time = _microseconds(rows.column(self.config.valid_from), place, self.config.time_zone, round_up=True)
-                columns[VALID], known = pa.array(valid), known & has_time
-            fields = [*columns, *self.writes]
+                valid, has_time = microseconds(rows.column(self.config.valid_from), place, self.config.time_zone, round_up=True)
+                columns[TIME], known = pa.array(valid), known & has_time
             arrays = [*columns.values(), *(rows.column(name) for name in self.config.columns)]
-            found = pa.RecordBatch.from_arrays(arrays, names=fields)
+            found = pa.RecordBatch.from_arrays(arrays, names=[*columns, *self.config.columns])
             yield found if known.all() else found.filter(pa.array(known))
-
-    def lookup(self, parts: Iterable[pa.RecordBatch]) -> Lookup:
-        """Those of ``side_rows`` that are searched together.
-
-        Raises:
-            DataError: a key has several rows, and there is no ``valid_from`` to choose by.
-        """
-        batches = list(parts)
-        first = 1 + bool(self._as_of)
-        types = [self.table.schema.field(name).type for name in self.config.columns]
-        columns = [pa.chunked_array([rows.column(place) for rows in batches], kind) for place, kind in enumerate(types, first)]
-        hashes = np.concatenate([np.zeros(0, np.uint64), *(rows.column(0).to_numpy() for rows in batches)])
-        valid = np.concatenate([np.zeros(0, np.int64), *(rows.column(1).to_numpy() for rows in batches)]) if self._as_of else None
-        del batches
-        values = [one_array(columns.pop(0)) for _ in types]
-        try:
-            return Lookup(hashes, values, valid, None if valid is None else self._known(valid))
-        except DuplicateKeyError as error:
-            raise self._duplicate(error.key_hash) from error
-
-    def find(self, lookup: Lookup, queries: pa.RecordBatch) -> Integers:
-        """Places in the lookup for ``queries``; -1 for none."""
-        hashes = queries.column(HASH)
-        times = queries.column(TIME).to_numpy() if self._as_of else None
-        places = lookup.find(pc.fill_null(hashes, 0).to_numpy(), times)
-        if hashes.null_count:
-            places[hashes.is_null().to_numpy(zero_copy_only=False)] = -1
-        if self.config.max_age and times is not None:
-            places[times - lookup.valid_since(places) > _duration(self.config.max_age)] = -1
-        return places
-
-    @property
-    def _lookup(self) -> Lookup:
-        with self._lock:
-            if self._held is None:
-                self.check_memory()
-                self._held = self.lookup(self.side_rows())
-            return self._held
 
     def _known(self, valid: Integers) -> Integers:
         """When rows are known that hold since these times."""
         if not self.config.ready_at:
-            return valid + _duration(self.config.delay)
+            return valid + duration(self.config.delay)
         import polars as pl
 
         days = pl.Series(valid).cast(pl.Datetime("us", "UTC")).dt.convert_time_zone(self.config.time_zone).dt.date()
         hours, minutes = map(int, self.config.ready_at.split(":"))
-        return _to_utc(days.cast(pl.Datetime("us")) + timedelta(days=1, hours=hours, minutes=minutes), self.config.time_zone)
+        return to_utc(days.cast(pl.Datetime("us")) + timedelta(days=1, hours=hours, minutes=minutes), self.config.time_zone)
 
-    def _duplicate(self, key_hash: int) -> DataError:
+    def _duplicate(self, key_hash: int) -> TableError:
         """Reads the table again to name a key that it has more than once."""
         found: list[tuple[str, str]] = []
         for file, rows in self.table.batches():
             keys = rows.select(list(self._table_key))
-            hashes, known = _hash_keys(keys.columns)
+            hashes, known = hash_keys(keys.columns)
             same = keys.filter(pa.array(known & (hashes == np.uint64(key_hash))))
-            found += [(_as_text(key), file) for key in same.slice(0, 2).to_pylist()]
+            found += [(as_text(key), file) for key in same.slice(0, 2).to_pylist()]
             if len(found) > 1:
                 break
         files = " and ".join(dict.fromkeys(file for _, file in found))
         fix = "write one row for each key, or say in valid_from since when each of them holds"
-        return DataError(files, expected=f"one row for each {', '.join(self._table_key)}", received=f"several for {found[0][0]}", fix=fix)
+        return TableError(files, expected=f"one row for each {', '.join(self._table_key)}", received=f"several for {found[0][0]}", fix=fix)
 
 
 _OPENED: WeakValueDictionary[str, Join] = WeakValueDictionary()
-
-
-def _hash_keys(columns: Sequence[pa.Array]) -> tuple[NDArray[np.uint64], NDArray[np.bool_]]:
-    """Hashes of the keys, and which of them have no null."""
-    known = np.ones(len(columns[0]), bool)
-    for column in columns:
-        if column.null_count:
-            known &= column.is_valid().to_numpy(zero_copy_only=False)
-    return hash_rows(columns), known
-
-
-def _microseconds(times: pa.Array, place: str, time_zone: str, *, round_up: bool) -> tuple[Integers, NDArray[np.bool_]]:
-    """Times since 1970 in UTC, anything where there is none, and where there is one."""
-    import polars as pl
-
-    known = times.is_valid().to_numpy(zero_copy_only=False)
-    try:
-        if not pa.types.is_timestamp(times.type):
-            days = pl.from_arrow(times.cast(pa.date32()))
-            assert isinstance(days, pl.Series)
-            return _to_utc(days.cast(pl.Datetime("us")), time_zone), known
-        fine = times.cast(pa.timestamp("ns" if times.type.unit == "ns" else "us", times.type.tz)).cast(pa.int64())
-    except (pa.ArrowException, pl.exceptions.PolarsError) as error:
-        expected = "timestamps, or days as YYYY-MM-DD"
-        raise DataError(place, expected=expected, received=" ".join(str(error).split()), fix="write the column anew") from error
-    numbers: Integers = pc.fill_null(fine, 0).to_numpy()
-    if times.type.unit == "ns":
-        numbers = -(-numbers // 1000) if round_up else numbers // 1000
-    return numbers, known
-
-
-def _to_utc(local: pl.Series, time_zone: str) -> Integers:
-    """Microseconds of local times: of two instants the later, and past the gap where the clock skips them."""
-    import polars as pl
-
-    frame = local.to_frame("local").select(
-        pl.coalesce(
-            (pl.col("local") + pl.duration(hours=hours)).dt.replace_time_zone(time_zone, ambiguous="latest", non_existent="null")
-            for hours in (0, 1)
-        ).dt.epoch("us")
-    )
-    numbers: Integers = as_array(frame.to_series().fill_null(0)).to_numpy()
-    return numbers
-
-
-def _check_time(key: str, name: str, kind: pa.DataType, *, text_days: bool) -> None:
-    days = pa.types.is_date(kind) or (text_days and key_kind(kind) == "text")
-    if not (pa.types.is_timestamp(kind) or days):
-        fix = f"write it as a timestamp; milliseconds become one by CAST({name} * 1000 AS TIMESTAMP)"
-        raise ConfigError(key, expected="a column of timestamps or days", received=f"{name}, which is {kind}", fix=fix)
-
-
-def _check_time_zone(name: str) -> None:
-    import polars as pl
-
-    try:
-        pl.select(pl.lit(0).cast(pl.Datetime("us", "UTC")).dt.convert_time_zone(name))
-    except pl.exceptions.PolarsError as error:
-        raise ConfigError("time_zone", expected="a time zone such as Europe/Oslo", received=name) from error
-
-
-def _duration(text: str) -> int:
-    """Microseconds of what ``delay`` and ``max_age`` hold; 0 for nothing."""
-    return sum(int(number) * _MICROSECONDS[unit] for number, unit in re.findall(r"(\d+)(ms|[smhd])", text))
-
-
-def _as_text(key: Mapping[str, object]) -> str:
-    return ", ".join(f"{name} {value!r}" for name, value in key.items())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -57,7 +57,7 @@ class SampleNegativesConfig:
 
     def __post_init__(self) -> None:
         _check_rate("rate", self.rate)
-        _check_weights(self.weight_column, self.base_weight)
+        check_weights(self.weight_column, self.base_weight)
         parse(self.negative, "negative")
 
     @property
@@ -66,11 +66,11 @@ class SampleNegativesConfig:
 
     @property
     def reads(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys((*columns_of(self.negative), *_named(self.base_weight))))
+        return tuple(dict.fromkeys((*columns_of(self.negative), *named(self.base_weight))))
 
     @property
     def writes(self) -> tuple[str, ...]:
-        return _named(self.weight_column)
+        return named(self.weight_column)
 
     def held_out(self) -> SampleNegativesConfig | None:
         if self.when == "always":
@@ -79,11 +79,11 @@ class SampleNegativesConfig:
 
     def output_schema(self, columns: pa.Schema) -> pa.Schema:
         require_boolean(self.negative, columns, "negative")
-        return _weighted_schema(columns, self.weight_column, self.base_weight)
+        return weighted_schema(columns, self.weight_column, self.base_weight)
 
     def apply(self, rows: pa.RecordBatch, row_key: tuple[str, ...]) -> pa.RecordBatch:
         negative = pc.fill_null(evaluate(self.negative, rows, "negative"), False).to_numpy(zero_copy_only=False)
-        return _sampled(rows, np.where(negative, self.rate, 1.0), row_key, self)
+        return sampled(rows, np.where(negative, self.rate, 1.0), row_key, self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +113,7 @@ class SampleConfig:
                 raise ConfigError(f"rates.{value}" if value else "default_rate", expected="a number in [0, 1]", received=rate)
         if self.rates and not self.column:
             raise ConfigError("column", expected="the column whose values have rates", received="")
-        _check_weights(self.weight_column, self.base_weight)
+        check_weights(self.weight_column, self.base_weight)
 
     @property
     def sampling_seed(self) -> int:
@@ -121,11 +121,11 @@ class SampleConfig:
 
     @property
     def reads(self) -> tuple[str, ...]:
-        return (*_named(self.column), *_named(self.base_weight))
+        return (*named(self.column), *named(self.base_weight))
 
     @property
     def writes(self) -> tuple[str, ...]:
-        return _named(self.weight_column)
+        return named(self.weight_column)
 
     def held_out(self) -> SampleConfig | None:
         if self.when == "always":
@@ -133,15 +133,15 @@ class SampleConfig:
         return replace(self, rates={}, default_rate=1.0) if self.weight_column else None
 
     def output_schema(self, columns: pa.Schema) -> pa.Schema:
-        require_columns(_named(self.column), columns, "column")
+        require_columns(named(self.column), columns, "column")
         if self.column and pa.types.is_nested(kind := columns.field(self.column).type):
             raise ConfigError("column", expected="a column of plain values", received=f"{self.column}, which is {kind}")
-        return _weighted_schema(columns, self.weight_column, self.base_weight)
+        return weighted_schema(columns, self.weight_column, self.base_weight)
 
     def apply(self, rows: pa.RecordBatch, row_key: tuple[str, ...]) -> pa.RecordBatch:
         if not self.rates:
-            return _sampled(rows, np.full(rows.num_rows, self.default_rate), row_key, self)
-        return _sampled(rows, _by_value(rows.column(self.column), self.rates, self.default_rate), row_key, self)
+            return sampled(rows, np.full(rows.num_rows, self.default_rate), row_key, self)
+        return sampled(rows, _by_value(rows.column(self.column), self.rates, self.default_rate), row_key, self)
 
 
 def _by_value(column: pa.Array, rates: Mapping[str, float], default: float) -> NDArray[np.float64]:
@@ -153,9 +153,19 @@ def _by_value(column: pa.Array, rates: Mapping[str, float], default: float) -> N
     return by_row
 
 
-def _sampled(
-    rows: pa.RecordBatch, rates: NDArray[np.float64], row_key: tuple[str, ...], config: SampleConfig | SampleNegativesConfig
-) -> pa.RecordBatch:
+class Sampler(Protocol):
+    """What a sampler says of its draw and of the weights that it writes."""
+
+    @property
+    def seed(self) -> int: ...
+    @property
+    def weight_column(self) -> str: ...
+    @property
+    def base_weight(self) -> str: ...
+
+
+def sampled(rows: pa.RecordBatch, rates: NDArray[np.float64], row_key: tuple[str, ...], config: Sampler) -> pa.RecordBatch:
+    """The rows that stay, with their weight; ``rates``: ``(rows,)``, the share that stays of rows like each."""
     kept = rates >= 1
     if not kept.all():
         kept |= draw(rows, row_key, type(config).__name__, config.seed) < rates
@@ -168,8 +178,12 @@ def _sampled(
     return with_column(rows, config.weight_column, weights)
 
 
-def _weighted_schema(columns: pa.Schema, weight_column: str, base_weight: str) -> pa.Schema:
-    require_columns(_named(base_weight), columns, "base_weight")
+def weighted_schema(columns: pa.Schema, weight_column: str, base_weight: str) -> pa.Schema:
+    """
+    Raises:
+        ConfigError: ``base_weight`` is no column.
+    """
+    require_columns(named(base_weight), columns, "base_weight")
     return with_field(columns, weight_column, pa.float64()) if weight_column else columns
 
 
@@ -178,10 +192,15 @@ def _check_rate(key: str, rate: float) -> None:
         raise ConfigError(key, expected="a number in (0, 1]", received=rate)
 
 
-def _check_weights(weight_column: str, base_weight: str) -> None:
+def check_weights(weight_column: str, base_weight: str) -> None:
+    """
+    Raises:
+        ConfigError: weights are multiplied into a column that is not written.
+    """
     if base_weight and not weight_column:
         raise ConfigError("weight_column", expected="a column to write, because base_weight is set", received="")
 
 
-def _named(column: str) -> tuple[str, ...]:
+def named(column: str) -> tuple[str, ...]:
+    """A column that may be left out."""
     return (column,) if column else ()

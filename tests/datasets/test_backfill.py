@@ -132,7 +132,7 @@ def test_what_cannot_be_written_is_refused_and_leaves_nothing(tmp_path):
     write_data(tmp_path / "data", [0, 1, 2, 3], range(4), 2)
     transforms = chained(tmp_path, memory_rows=1)
     config = config_of(tmp_path / "data", *transforms)
-    with pytest.raises(ConfigError, match=r"data\.transforms: expected a transform of kind join"):
+    with pytest.raises(ConfigError, match=r"data\.transforms: expected a transform that reads a table"):
         backfill(config_of(tmp_path / "data"), SCHEMA, tmp_path / "out")
     with pytest.raises(DataError, match=r"expected an output folder inside an existing one"):
         backfill(config, SCHEMA, tmp_path / "no" / "out")

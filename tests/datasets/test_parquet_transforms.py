@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mlenv.config import DataConfig, WindowConfig
 from mlenv.datasets.parquet_source import ParquetSource
@@ -15,6 +18,7 @@ from mlenv.datasets.transforms.deduplicate import DeduplicateConfig
 from mlenv.datasets.transforms.derive import DeriveConfig
 from mlenv.datasets.transforms.filter import FilterConfig
 from mlenv.datasets.transforms.sampling import SampleConfig, SampleNegativesConfig
+from mlenv.datasets.transforms.stratify import StratifyConfig
 from mlenv.datasets.workers import ThreadsConfig
 from mlenv.errors import DataError, Problems
 from mlenv.schema import Categorical, Label, Numeric, Schema, Table
@@ -126,6 +130,61 @@ def test_a_source_continues_exactly_where_any_batch_ended(folder, shuffle):
         rest = list(source(folder, *transforms, **options).batches(batch.position))
         assert keys(rest) == keys(batches[place + 1 :])
         assert [follower.position for follower in rest] == [follower.position for follower in batches[place + 1 :]]
+
+
+DRAWN = {
+    "sample": SampleConfig(column="click", rates={"1": 0.7, "0": 0.3}, seed=2),
+    "sample_negatives": SampleNegativesConfig(negative="click = 0", rate=0.4, weight_column="weight"),
+    "stratify": StratifyConfig(columns=("click",), shares={"0": 0.5, "1": 0.5}, weight_column="weight"),
+    "deduplicate": DeduplicateConfig(columns=("item", "age")),
+}
+
+
+@pytest.mark.parametrize("kind", DRAWN)
+@settings(max_examples=25)
+@given(
+    st.permutations(range(60)),
+    st.lists(st.integers(1, 59), max_size=3),
+    st.integers(1, 40),
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.booleans(),
+)
+def test_the_fate_of_a_row_hangs_on_no_cut(tmp_path_factory, kind, order, cuts, group, world_size, threads, shuffle):
+    """Files, row groups, ranks, threads and, but for which of equal rows is the first, the order."""
+    generator = np.random.default_rng(0)
+    rows = {"key": np.arange(60), "item": generator.integers(0, 5, 60), "age": generator.integers(0, 3, 60)}
+    table = pa.table(rows | {"x": np.zeros(60), "click": generator.integers(0, 2, 60)})
+    folder = tmp_path_factory.mktemp("cut")
+    (folder / "whole").mkdir()
+    (folder / "cut").mkdir()
+    ordered = table if kind == "deduplicate" else table.take(pa.array(order))
+    pq.write_table(table, folder / "whole/part.parquet")
+    for number, (start, stop) in enumerate(pairwise(sorted({0, 60, *cuts}))):
+        pq.write_table(ordered.slice(start, stop - start), folder / f"cut/part-{number}.parquet", row_group_size=group)
+    schema = dataclasses.replace(SCHEMA, labels={"click": Label(weight="weight")}) if "weight" in DRAWN[kind].writes else SCHEMA
+    whole = rows_read(source(folder / "whole", DRAWN[kind], schema=schema))
+    readers = [
+        source(
+            folder / "cut",
+            DRAWN[kind],
+            schema=schema,
+            shuffle=shuffle,
+            rank=rank,
+            world_size=world_size,
+            data={"workers": ThreadsConfig(num_threads=threads)},
+        )
+        for rank in range(world_size)
+    ]
+    assert sorted(row for reader in readers for row in rows_read(reader)) == sorted(whole)
+    if kind == "deduplicate":
+        pq.write_table(table.take(pa.array(order)), folder / "whole/part.parquet")
+        assert len(rows_read(source(folder / "whole", DRAWN[kind]))) == len(whole)
+
+
+def rows_read(reader):
+    """Key and weight of each row."""
+    return [(key, weight) for batch in reader.batches() for key, weight in zip(keys([batch]), batch.weights[:, 0].tolist(), strict=True)]
 
 
 def test_held_out_rows_are_filtered_but_not_sampled(folder):

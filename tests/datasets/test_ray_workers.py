@@ -26,7 +26,9 @@ from mlenv.datasets.transforms.deduplicate import DeduplicateConfig
 from mlenv.datasets.transforms.derive import DeriveConfig
 from mlenv.datasets.transforms.filter import FilterConfig
 from mlenv.datasets.transforms.join import JoinConfig
+from mlenv.datasets.transforms.label_events import LabelEventsConfig
 from mlenv.datasets.transforms.sampling import SampleNegativesConfig
+from mlenv.datasets.transforms.stratify import StratifyConfig
 from mlenv.errors import ConfigError, DataError, MlenvError, Problems, TrainingError
 from mlenv.schema import Categorical, DenseVector, Label, MultiCategorical, Numeric, Schema, Table
 from mlenv.training import train
@@ -53,6 +55,7 @@ TRANSFORMS = (
     DeduplicateConfig(columns=("item", "age")),
     DeriveConfig(column="ratio", sql="x / (age + 1)"),
     SampleNegativesConfig(negative="click = 0", rate=0.5, weight_column="weight"),
+    StratifyConfig(columns=("click", "date"), shares={"1/2026-01-01": 0.2}, seed=1),
 )
 NUM_WORKERS = 2
 
@@ -161,14 +164,55 @@ def test_rows_their_order_and_every_restart_are_those_of_threads(folder, address
         assert_same(list(source(folder.name, address).batches(expected[place].position)), expected[place + 1 :])
 
 
-def test_each_process_joins_a_table_that_it_opens_itself(folder, address, tmp_path, monkeypatch):
+@pytest.mark.parametrize("memory_rows", [30, 100])
+def test_each_process_joins_a_table_that_it_opens_itself(folder, address, tmp_path, monkeypatch, memory_rows):
     monkeypatch.chdir(tmp_path)
     pq.write_table(pa.table({"age": np.arange(80), "ratio": np.arange(80) / 8}), tmp_path / "ages.parquet")
-    join = JoinConfig(table="ages.parquet", key=("age",), columns=("ratio",))
+    join = JoinConfig(table="ages.parquet", key=("age",), columns=("ratio",), memory_rows=memory_rows)
     data = {"transforms": (TRANSFORMS[0], join, TRANSFORMS[3])}
     threads, cluster = (source(folder, where, data=data) for where in (None, address))
     assert cluster.joins == threads.joins
     assert_same(list(cluster.batches()), list(threads.batches()))
+
+
+@pytest.mark.parametrize("mask_column", ["", "known"])
+def test_labels_from_events_are_those_of_threads_on_any_number_of_ranks_and_after_a_restart(
+    folder, address, tmp_path, monkeypatch, mask_column
+):
+    monkeypatch.chdir(tmp_path)
+    events = pa.array((np.arange(0, ROWS * DAYS, 3) + 5) * 1_000_000).cast(pa.timestamp("us"))
+    pq.write_table(pa.table({"key": np.arange(0, ROWS * DAYS, 3), "happened": events}), tmp_path / "events.parquet")
+    labels = LabelEventsConfig(
+        table="events.parquet",
+        key=("key",),
+        time="happened",
+        as_of="time",
+        column="click",
+        replace=("click",),
+        window="10s",
+        wait="10m",
+        mask_column=mask_column,
+        memory_rows=1000,
+    )
+    data = {"transforms": (DeriveConfig(column="time", sql="CAST(key * 1000000 AS TIMESTAMP)"), labels)}
+    schema = replace(PLAIN, labels={"click": Label(mask=mask_column)})
+    threads, cluster = (source(folder, where, data=data, schema=schema, num_epochs=1) for where in (None, address))
+    assert cluster.joins == threads.joins
+    expected = list(threads.batches())
+    assert_same(list(cluster.batches()), expected)
+    assert_same(list(source(folder, address, data=data, schema=schema, num_epochs=1).batches(expected[4].position)), expected[5:])
+    parts = [
+        list(source(folder, data=data, schema=schema, num_epochs=1, rank=rank, world_size=2, shuffle=False).batches()) for rank in range(2)
+    ]
+    label_of = {
+        key: label
+        for part in parts
+        for batch in part
+        for key, label, weight in zip(keys([batch]), batch.labels[:, 0].tolist(), batch.weights[:, 0].tolist(), strict=True)
+        if weight
+    }
+    newest = ROWS * DAYS - 3 + 5  # a row's time is its key in seconds
+    assert label_of == {key: float(key % 3 == 0) for key in range(newest - 600 - 10 + 1)}
 
 
 def test_ranks_share_the_rows_of_one_cluster_out(folder, address):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import math
 from itertools import pairwise
@@ -99,6 +100,23 @@ def test_merging_any_split_equals_one_pass(rows, cuts):
     whole = collect([batch(rows)], SCHEMA)
     assert comparable(collect(parts, SCHEMA)) == comparable(whole)
     assert comparable(collect(reversed(parts), SCHEMA)) == comparable(whole)
+
+
+@given(ROWS, st.lists(st.integers(0, 30), max_size=4), st.randoms())
+def test_merging_rows_in_any_order_through_json_equals_one_pass(rows, cuts, random):
+    order = rows.copy()
+    random.shuffle(order)
+    bounds = sorted({0, len(rows), *(cut for cut in cuts if cut < len(rows))})
+    parts = [collect([batch(order[start:stop])], SCHEMA) for start, stop in pairwise(bounds)]
+    stored = [Statistics.from_json(part.to_json()) for part in parts]
+    merged, whole = functools.reduce(Statistics.merged, stored), collect([batch(rows)], SCHEMA)
+    assert comparable(merged) == comparable(whole)
+    assert merged.to_json() == functools.reduce(Statistics.merged, parts).to_json()
+    for name, column in whole.columns.items():
+        for part in ("numbers", "lengths"):
+            if (spread := getattr(column, part)) is not None:
+                assert getattr(merged.columns[name], part).mean == pytest.approx(spread.mean, rel=1e-9, abs=1e-9 * max(abs(spread.low), 1))
+        np.testing.assert_allclose(merged.columns[name].label_aucs(), column.label_aucs(), rtol=1e-12)
 
 
 @given(ROWS)

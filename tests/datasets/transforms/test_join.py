@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import datetime
 import gc
 from datetime import UTC, timedelta
@@ -19,7 +20,7 @@ from mlenv.datasets.parquet_source import ParquetSource
 from mlenv.datasets.transforms.derive import DeriveConfig
 from mlenv.datasets.transforms.filter import FilterConfig
 from mlenv.datasets.transforms.join import JoinConfig
-from mlenv.errors import ConfigError, DataError, MlenvError
+from mlenv.errors import ConfigError, DataError
 from mlenv.schema import Categorical, Label, Numeric, Schema, Table
 from mlenv.transforms import Transforms, open_tables
 
@@ -86,8 +87,15 @@ def by_hand(side, rows, delay, max_age):
 
 
 @settings(max_examples=150)
-@given(st.lists(SIDE_ROW, min_size=1, max_size=25), st.lists(ROW, max_size=25), st.integers(0, 3), st.integers(0, 5), st.integers(1, 3))
-def test_equals_a_loop_over_the_rows_whatever_the_cut(tmp_path_factory, side, rows, delay, max_age, files):
+@given(
+    st.lists(SIDE_ROW, min_size=1, max_size=25),
+    st.lists(ROW, max_size=25),
+    st.integers(0, 3),
+    st.integers(0, 5),
+    st.integers(1, 3),
+    st.sampled_from([1, 3, 1000]),
+)
+def test_equals_a_loop_over_the_rows_whatever_the_cut(tmp_path_factory, side, rows, delay, max_age, files, memory_rows):
     table = write(tmp_path_factory.mktemp("join"), side_table(side), files=files)
     config = JoinConfig(
         table=table,
@@ -97,6 +105,7 @@ def test_equals_a_loop_over_the_rows_whatever_the_cut(tmp_path_factory, side, ro
         valid_from="since",
         delay=f"{delay}h",
         max_age=f"{max_age}h" if max_age else "",
+        memory_rows=memory_rows,
     )
     expected = by_hand(side, rows, delay, max_age)
     assert joined(config, main_rows(rows)).column("value").to_pylist() == expected
@@ -106,11 +115,19 @@ def test_equals_a_loop_over_the_rows_whatever_the_cut(tmp_path_factory, side, ro
 
 
 @settings(max_examples=50)
-@given(st.lists(st.integers(0, 40), min_size=1, max_size=20, unique=True), st.lists(st.one_of(st.none(), st.integers(-3, 43))))
-def test_without_times_each_row_gets_the_row_of_its_key(tmp_path_factory, keys, wanted):
+@given(
+    st.lists(st.integers(0, 40), min_size=1, max_size=20, unique=True),
+    st.lists(st.one_of(st.none(), st.integers(-3, 43))),
+    st.sampled_from([1, 4, 100]),
+)
+def test_without_times_each_row_gets_the_row_of_its_key(tmp_path_factory, keys, wanted, memory_rows):
     side = pa.table({"id": keys, "name": [f"n{key}" for key in keys], "tags": [[key] for key in keys]})
     config = JoinConfig(
-        table=write(tmp_path_factory.mktemp("join"), side), key=("id",), columns=("tags", "name"), rename={"name": "id_name"}
+        table=write(tmp_path_factory.mktemp("join"), side),
+        key=("id",),
+        columns=("tags", "name"),
+        rename={"name": "id_name"},
+        memory_rows=memory_rows,
     )
     out = joined(config, pa.RecordBatch.from_pydict({"id": pa.array(wanted, pa.int64())}))
     assert out.schema.names == ["id", "tags", "id_name"]
@@ -286,9 +303,10 @@ def test_a_join_by_time_needs_the_time_of_the_event(tmp_path):
         open_tables([config], "")
 
 
-def test_a_key_with_several_rows_is_named_with_its_files(tmp_path):
+@pytest.mark.parametrize("memory_rows", [2, 100])
+def test_a_key_with_several_rows_is_named_with_its_files(tmp_path, memory_rows):
     side = pa.table({"user": [1, 2, None, None, 3, 2], "age": range(6)})
-    config = JoinConfig(table=write(tmp_path, side, files=2), key=("user",), columns=("age",))
+    config = JoinConfig(table=write(tmp_path, side, files=2), key=("user",), columns=("age",), memory_rows=memory_rows)
     message = r"part-0\.parquet and .*part-1\.parquet: expected one row for each user\. Received: 'several for user 2'.*valid_from"
     with pytest.raises(DataError, match=message):
         joined(config, pa.RecordBatch.from_pydict({"user": [1]}))
@@ -387,15 +405,15 @@ def test_too_few_matches_are_refused_with_keys(data):
         _ = source(data, *joins).joins
 
 
-def test_a_table_beyond_the_memory_is_refused_with_the_command(data):
-    joins = joins_of(data, memory_rows=3)
-    reader = source(data, *joins)
-    message = r"data\.transforms\[1\]\.memory_rows: expected at least the 4 rows of .*features\. Received: 3\. Fix: .*mlenv data backfill"
-    for act in (reader.check_tables, lambda: reader.joins, lambda: list(reader.batches())):
-        with pytest.raises(MlenvError, match=r"memory_rows: expected at least the 4 rows"):
-            act()
-    with pytest.raises(ConfigError, match=message):
-        reader.check_tables()
+@pytest.mark.parametrize("memory_rows", [1, 3])
+def test_a_table_beyond_the_memory_is_joined_on_the_disk(data, memory_rows):
+    joins = joins_of(data)
+    (expected,) = (one := source(data, *joins)).batches()
+    on_disk = [dataclasses.replace(join, memory_rows=memory_rows) for join in joins]
+    (batch,) = (other := source(data, *on_disk)).batches()
+    np.testing.assert_array_equal(batch.teacher.numpy(), expected.teacher.numpy())
+    np.testing.assert_array_equal(batch.dense.numpy(), expected.dense.numpy())
+    assert other.joins == one.joins
 
 
 def test_a_table_that_changes_changes_the_fingerprint_of_the_data(data):
