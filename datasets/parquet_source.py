@@ -114,10 +114,14 @@ class ParquetSource:
         return sum(self._num_kept.values())
 
     @property
+    def num_own_rows(self) -> int:
+        """Rows that this rank gets from the start, over all epochs."""
+        return sum(self._num_kept[group] for epoch in range(self.num_epochs) for window in self._windows(epoch) for group in window)
+
+    @property
     def num_batches(self) -> int:
         """Batches that this rank gets from the start, over all epochs."""
-        rows = sum(self._num_kept[group] for epoch in range(self.num_epochs) for window in self._windows(epoch) for group in window)
-        return -(-rows // self.batch_size)
+        return -(-self.num_own_rows // self.batch_size)
 
     @property
     def skipped(self) -> tuple[str, ...]:

@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from mlenv.errors import CheckpointError
+from mlenv.loops.ranks import is_main, wait_for_all
 
 logger = logging.getLogger(__name__)
 
@@ -38,27 +39,33 @@ def save_checkpoint(folder: Path, step: int, tensors: Mapping[str, Any], documen
 
     Args:
         tensors: by name; plain tensors or sharded ones.
-        documents: text files by name.
+        documents: text files by name; those of rank 0 are written. All ranks call this, and return when the checkpoint is there.
     """
     final = folder / f"{_PREFIX}{step:08d}"
     temporary = folder / f".{final.name}.part"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    if is_main():
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    wait_for_all()
     try:
-        _write(temporary, tensors, documents)
+        _write_tensors(temporary, tensors)
+        if is_main():
+            _complete(temporary, documents)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)  # on a full disk it would be in the way of the next try
         raise
-    shutil.rmtree(final, ignore_errors=True)
-    temporary.rename(final)
-    _sync(folder)
-    for old in list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+    if is_main():
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+        _sync(folder)
+        for old in list_checkpoints(folder)[:-keep]:
+            shutil.rmtree(old)
+    wait_for_all()
     return final
 
 
-def _write(folder: Path, tensors: Mapping[str, Any], documents: Mapping[str, str]) -> None:
-    """Fills a folder with tensors, documents and their manifest, and waits until all of it is on the disk."""
+def _write_tensors(folder: Path, tensors: Mapping[str, Any]) -> None:
+    """Each rank its own shards, and of what all have alike a part; all return when all have written."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns of its own single-process mode
         save(
@@ -66,6 +73,10 @@ def _write(folder: Path, tensors: Mapping[str, Any], documents: Mapping[str, str
             storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True),
             no_dist=not torch.distributed.is_initialized(),
         )
+
+
+def _complete(folder: Path, documents: Mapping[str, str]) -> None:
+    """Adds the documents and the manifest to the tensors, and waits until all of it is on the disk."""
     for name, text in documents.items():
         (folder / name).write_text(text)
     manifest = {file.name: _entry(file) for file in sorted(folder.iterdir())}

@@ -17,6 +17,7 @@ from mlenv.loops.calibration import Calibrator, predictions_from
 from mlenv.loops.fit import BatchSource
 from mlenv.loops.metrics import BinaryMetrics, ReliabilityCurve
 from mlenv.loops.predictions import PredictionWriter
+from mlenv.loops.ranks import is_main, own_rows, rows_of_all
 
 
 @dataclass(frozen=True)
@@ -36,14 +37,18 @@ class Evaluation:
 
 
 def score(model: nn.Module, source: BatchSource) -> Iterator[tuple[Batch, Tensor]]:
-    """Batches with their logits ``(batch, tasks)`` float32, without training; the model's mode is put back."""
+    """Batches with their logits ``(batch, tasks)`` float32, without training; the model's mode is put back.
+
+    Several processes read the same batches, and each computes the logits of its part.
+    """
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad():
             for batch in source.batches():
-                yield batch, model(batch.to(device, non_blocking=True))
+                logits = model(own_rows(batch).to(device, non_blocking=True))
+                yield batch, rows_of_all(logits, len(batch))
     finally:
         model.train(was_training)
 
@@ -60,7 +65,7 @@ def evaluate(
     calibrators = calibrators or {}
     before = BinaryMetrics(tuple(calibrators), schema.segments)
     calibrated = [schema.tasks.index(task) for task in calibrators]
-    with PredictionWriter(predictions, schema.tasks) if predictions else nullcontext() as writer:
+    with PredictionWriter(predictions, schema.tasks) if predictions and is_main() else nullcontext() as writer:
         for batch, logits in score(model, source):
             scored = predictions_from(logits, batch.metadata, schema.tasks, calibrators)
             metrics.update(scored, batch.labels, batch.weights, batch.metadata)
@@ -90,7 +95,10 @@ def predict(model: nn.Module, source: BatchSource, predictions: Path, calibrator
     """
     if not source.schema.row_key:
         raise ConfigError("schema.row_key", expected="columns that identify a row", received=[], fix="name them in the schema")
-    with PredictionWriter(predictions, source.schema.tasks) as writer:
+    num_rows = 0
+    with PredictionWriter(predictions, source.schema.tasks) if is_main() else nullcontext() as writer:
         for batch, logits in score(model, source):
-            writer.write(batch, predictions_from(logits, batch.metadata, source.schema.tasks, calibrators or {}))
-        return writer.num_rows
+            num_rows += len(batch)
+            if writer is not None:
+                writer.write(batch, predictions_from(logits, batch.metadata, source.schema.tasks, calibrators or {}))
+    return num_rows

@@ -66,6 +66,16 @@ class Journal:
         return [line for block in iter(follower.read, []) for line in block]
 
 
+class SilentJournal:
+    """The journal of the processes that are not rank 0: it takes everything and keeps nothing."""
+
+    def append(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def sync(self) -> None: ...
+
+    def truncate(self, step: int) -> None: ...
+
+
 class JournalFollower:
     """Reads what was added to a journal since the last read; starts again when the journal was truncated."""
 

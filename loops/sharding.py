@@ -13,7 +13,10 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from mlenv.config import EmbeddingsConfig
 from mlenv.errors import require
+from mlenv.loops.ranks import world_size
 from mlenv.modules.embeddings import fill_initial_rows
+
+logger = logging.getLogger(__name__)
 
 
 def shard(model: nn.Module, config: EmbeddingsConfig, device: torch.device, seed: int) -> nn.Module:
@@ -31,7 +34,6 @@ def shard(model: nn.Module, config: EmbeddingsConfig, device: torch.device, seed
     from torchrec.distributed.embedding_types import EmbeddingComputeKernel
     from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
     from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
-    from torchrec.distributed.types import ShardingType
     from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
     if not torch.distributed.is_initialized():
@@ -41,11 +43,11 @@ def shard(model: nn.Module, config: EmbeddingsConfig, device: torch.device, seed
     for module in model.modules():
         if isinstance(module, (EmbeddingBagCollection, EmbeddingCollection)):
             apply_optimizer_in_backward(RowWiseAdagrad, module.parameters(), options)
-            # Left alone, the planner replicates small tables, and replicas have no fused optimizer.
-            sharding_types = [kind.value for kind in ShardingType if kind != ShardingType.DATA_PARALLEL]
             for table in module.embedding_bag_configs() if isinstance(module, EmbeddingBagCollection) else module.embedding_configs():
+                wanted = config.sharding.get(table.name)
                 constraints[table.name] = ParameterConstraints(
-                    sharding_types=sharding_types, compute_kernels=[EmbeddingComputeKernel.FUSED.value]
+                    sharding_types=[wanted] if wanted else _sharding_types(table.num_embeddings),
+                    compute_kernels=[EmbeddingComputeKernel.FUSED.value],
                 )
     sharders = [EmbeddingBagCollectionSharder(), EmbeddingCollectionSharder()]
     group = torch.distributed.group.WORLD
@@ -54,6 +56,10 @@ def shard(model: nn.Module, config: EmbeddingsConfig, device: torch.device, seed
         warnings.simplefilter("ignore")  # the planner talks of hardware that a user cannot change
         planner = EmbeddingShardingPlanner(topology=Topology(world_size=group.size(), compute_device=device.type), constraints=constraints)
         plan = planner.collective_plan(model, sharders, group)
+        if group.size() > 1 and group.rank() == 0:
+            for place in plan.plan.values():
+                for table_name, chosen in place.items():
+                    logger.info("table %s: %s on ranks %s", table_name, chosen.sharding_type, chosen.ranks)
         sharded: nn.Module = DistributedModelParallel(model, device=device, plan=plan, sharders=sharders)
     # Says at the first forward pass how torch's own callers should ask whether they are traced.
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
@@ -62,6 +68,20 @@ def shard(model: nn.Module, config: EmbeddingsConfig, device: torch.device, seed
             for rows, first_row in _local_rows(weight):
                 fill_initial_rows(rows, first_row, table_of(name), config.init_std, seed)
     return sharded
+
+
+def _sharding_types(num_rows: int) -> list[str]:
+    """What the planner may choose from for a table.
+
+    Not copies, which it prefers for small tables: they have no fused optimizer. And nothing that cuts between rows where a rank
+    would get none: fbgemm 1.8 on a CPU takes an empty table for one on a GPU.
+    """
+    from torchrec.distributed.types import ShardingType
+
+    per_rank = -(-num_rows // world_size())
+    cut_rows = {ShardingType.ROW_WISE, ShardingType.TABLE_ROW_WISE, ShardingType.GRID_SHARD}
+    left_out = {ShardingType.DATA_PARALLEL} | (cut_rows if per_rank * (world_size() - 1) >= num_rows else set())
+    return [kind.value for kind in ShardingType if kind not in left_out]
 
 
 def is_table(name: str) -> bool:

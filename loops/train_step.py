@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from mlenv.batch import Batch, Position
 from mlenv.errors import ConfigError
 from mlenv.loops.learning_rate import LearningRates
-from mlenv.modules.objective import Objective
+from mlenv.loops.ranks import Shares, average_gradients, summed, world_size
+from mlenv.modules.objective import Losses, Objective
 
 if TYPE_CHECKING:
     from mlenv.loops.fit import Progress
@@ -24,6 +25,7 @@ class StepOutput:
     """What a step leaves behind."""
 
     num_examples: int
+    """Of all ranks."""
     position: Position
     """Where the source continues after the batch that was trained."""
     losses: Tensor
@@ -48,6 +50,8 @@ class EagerStep:
         objective: what the logits are measured by; its own parameters are among those of the optimizers.
         clip: parameters whose joint gradient norm is limited, and the limit; no limit at 0.
         rates: sets the learning rates of all optimizers; None keeps them.
+        shares: rows of each rank. One that has no more goes on with empty batches until all have trained on theirs.
+        filler: an empty batch.
     """
 
     def __init__(
@@ -58,15 +62,20 @@ class EagerStep:
         objective: Objective,
         clip: tuple[list[Tensor], float],
         rates: LearningRates | None,
+        shares: Shares,
+        filler: Batch,
     ) -> None:
         self._fabric, self._model, self._optimizers = fabric, model, optimizers
         self._objective, self._clip, self._rates = objective, clip, rates
+        self._shares, self._filler = shares, filler
 
     def advance(self, batches: Iterator[Batch], progress: Progress) -> StepOutput | None:
-        """Trains on the next batch; None when there is none."""
+        """Trains on the next batch; None when no rank has one."""
         batch = next(batches, None)
         if batch is None:
-            return None
+            if progress.step >= self._shares.num_steps:
+                return None
+            batch = replace(self._filler, position=progress.position)
         batch = batch.to(self._fabric.device, non_blocking=True)
         self._model.train()
         if self._rates is not None:
@@ -75,14 +84,24 @@ class EagerStep:
             logits = self._model(batch)
         check_logits(logits, batch)
         losses = self._objective(logits, batch)
-        self._objective.backward(losses, self._fabric.backward)
+        self._objective.backward(over_all_ranks(losses, batch), self._fabric.backward)
+        average_gradients(self._objective.parameters())
         parameters, norm = self._clip
         if norm:
             nn.utils.clip_grad_norm_(parameters, norm)
         for optimizer in self._optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        return StepOutput(len(batch), batch.position, losses.terms, losses.weights)
+        return StepOutput(self._shares.examples(progress.step), batch.position, losses.terms, losses.weights)
+
+
+def over_all_ranks(losses: Losses, batch: Batch) -> Losses:
+    """Losses whose average over the ranks is the mean over the examples of all: those of a rank count by the weights of its labels."""
+    if world_size() == 1:
+        return losses
+    weights = batch.weights.sum(0)
+    share = world_size() * weights / summed(weights)
+    return replace(losses, tasks=losses.tasks * torch.nan_to_num(share))
 
 
 def check_logits(logits: Tensor, batch: Batch) -> None:

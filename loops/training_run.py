@@ -22,9 +22,10 @@ from mlenv.config import MONITORS
 from mlenv.errors import CheckpointError, TrainingError
 from mlenv.loops.checkpoint import list_checkpoints, load_tensors, newest_checkpoint, save_checkpoint
 from mlenv.loops.fit import Progress
-from mlenv.loops.journal import JOURNAL_FILE, Journal
+from mlenv.loops.journal import JOURNAL_FILE, Journal, SilentJournal
+from mlenv.loops.ranks import all_ranks, from_main, is_main, rank, summed, world_size
 from mlenv.loops.train_step import StepOutput
-from mlenv.loops.training_state import random_tensors, set_random_tensors
+from mlenv.loops.training_state import of_rank, random_tensors, set_random_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +78,7 @@ class TrainingRun:
         validate: Callable[[], Mapping[str, float]],
         gauges: Callable[[], Mapping[str, float]],
     ) -> None:
-        self.journal = Journal(output / JOURNAL_FILE)
+        self.journal: Journal | SilentJournal = Journal(output / JOURNAL_FILE) if is_main() else SilentJournal()
         self._checkpoints, self._best, self._options = output / CHECKPOINT_FOLDER, output / BEST_FOLDER, options
         self._state, self._begin, self._check, self._started = state, begin, check, started
         self._validate, self._gauges = validate, gauges
@@ -92,7 +93,8 @@ class TrainingRun:
         Raises:
             CheckpointError: the checkpoint belongs to another config or to other data, or all checkpoints are damaged.
         """
-        checkpoint = newest_checkpoint(self._checkpoints)
+        found = from_main(str((is_main() and newest_checkpoint(self._checkpoints)) or ""))  # only rank 0 reads all to verify it
+        checkpoint = Path(found) if found else None
         if checkpoint is None:
             self._begin()
             progress = Progress()
@@ -100,11 +102,18 @@ class TrainingRun:
             progress = self._load(checkpoint)
             logger.info("continues from %s, step %d", checkpoint, progress.step)
         self.journal.truncate(progress.step)
-        self._forget_best(after="" if checkpoint is None else checkpoint.name)
-        self._started()
-        self._bar = tqdm(
-            total=self._options.total_steps, initial=progress.step, unit="step", desc="train", disable=None, leave=False, dynamic_ncols=True
-        )
+        if is_main():
+            self._forget_best(after="" if checkpoint is None else checkpoint.name)
+            self._started()
+            self._bar = tqdm(
+                total=self._options.total_steps,
+                initial=progress.step,
+                unit="step",
+                desc="train",
+                disable=None,
+                leave=False,
+                dynamic_ncols=True,
+            )
         self._seconds, self._examples = time.perf_counter(), progress.examples
         return progress
 
@@ -135,22 +144,28 @@ class TrainingRun:
             progress = progress.judged(metrics[monitor], MONITORS[monitor.rpartition("/")[2]])
             if progress.stale_evaluations == 0:
                 self._write(self._best, progress, keep=0)
-                self._prune_best()
         self._seconds += time.perf_counter() - started
         return progress
 
     def save(self, progress: Progress) -> None:
         """Writes a checkpoint. What was logged before it is on the disk first."""
         self._write(self._checkpoints, progress, keep=self._options.keep_checkpoints)
-        self._prune_best()
 
     def _write(self, folder: Path, progress: Progress, keep: int) -> None:
-        self._check_finite(progress)
+        self._check_finite(progress, summed(self._sums["losses"]))
         self.journal.sync()
-        tensors = {**self._state(), **random_tensors(), **{f"run.{name}": sums.cpu() for name, sums in self._sums.items()}}
-        record = {**dataclasses.asdict(progress), "fingerprints": dict(self._options.fingerprints)}
-        documents = {PROGRESS: json.dumps(record, indent=2), CONFIG: self._options.config}
+        tensors = {**self._state(), **random_tensors(), **self._own_sums()}
+        record = dataclasses.asdict(progress) | {"position": all_ranks(dataclasses.astuple(progress.position))}
+        documents = {
+            PROGRESS: json.dumps(record | {"fingerprints": dict(self._options.fingerprints)}, indent=2),
+            CONFIG: self._options.config,
+        }
         save_checkpoint(folder, progress.step, tensors, documents, keep)
+        if is_main():
+            self._prune_best()
+
+    def _own_sums(self) -> dict[str, Tensor]:
+        return {of_rank(f"run.{name}"): sums.cpu() for name, sums in self._sums.items()}
 
     def _prune_best(self) -> None:
         """Leaves the best model of all, and the best one as of each checkpoint that a killed training may go on from."""
@@ -165,9 +180,9 @@ class TrainingRun:
         for path in (path for path in list_checkpoints(self._best) if path.name > after):
             shutil.rmtree(path)
 
-    def _check_finite(self, progress: Progress) -> None:
+    def _check_finite(self, progress: Progress, losses: Tensor) -> None:
         """Refuses to write a model whose loss is no number any more: the checkpoints before it are worth more."""
-        for term, loss in zip(self._options.terms, self._sums["losses"].tolist(), strict=True):
+        for term, loss in zip(self._options.terms, losses.tolist(), strict=True):
             if not math.isfinite(loss):
                 fix = "lower the learning rates, or set optimizer.gradient_clip_norm; the same command goes on from the last checkpoint"
                 raise TrainingError(f"step {progress.step}: {term!r} is {loss}. Fix: {fix}.")
@@ -185,15 +200,21 @@ class TrainingRun:
             fix = "put the files back as they were, or start over with another output"
             expected = f"the files it was trained with ({found.get(what)})"
             raise CheckpointError(f"{checkpoint}, {what}", expected=expected, received=now.get(what), fix=fix)
-        random, sums = random_tensors(), {f"run.{name}": sums.cpu() for name, sums in self._sums.items()}
+        positions = record.pop("position")
+        if len(positions) != world_size():
+            fix = f"run it with {len(positions)} processes, or train in another output folder"
+            expected = f"{len(positions)} processes, among which the data were divided"
+            raise CheckpointError(f"{checkpoint}, position", expected=expected, received=world_size(), fix=fix)
+        random, sums = random_tensors(), self._own_sums()
         load_tensors(checkpoint, {**self._state(), **random, **sums})
         set_random_tensors(random)
-        self._sums = {name: sums[f"run.{name}"] for name in self._sums}
-        return Progress(**{**record, "position": Position(**record["position"])})
+        self._sums = {name: sums[of_rank(f"run.{name}")] for name in self._sums}
+        return Progress(**record, position=Position(*positions[rank()]))
 
     def _record(self, progress: Progress) -> None:
-        self._check_finite(progress)
-        losses = self._means(self._sums["losses"], self._sums["weights"])
+        sums = {name: summed(sums) for name, sums in self._sums.items()}
+        self._check_finite(progress, sums["losses"])
+        losses = self._means(sums["losses"], sums["weights"])
         now = time.perf_counter()
         values = dict(zip(self._options.terms, losses, strict=True))
         recorded = {f"train/{name}": value for name, value in {**values, **self._gauges()}.items()}

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mlenv.loops.ranks import is_main, rank
+
 _TORCHREC_TABLE = re.compile(r"collections\.\w+\.(?:embedding_bags|embeddings)\.")
 
 
@@ -37,19 +39,25 @@ def optimizer_tensors(model: nn.Module, names: Mapping[Tensor, str], optimizers:
 
 
 def random_tensors() -> dict[str, Tensor]:
-    """State of the random generators that dropout draws from."""
-    tensors = {"random.cpu": torch.get_rng_state()}
+    """State of the random generators that dropout draws from, which each rank has of its own."""
+    tensors = {of_rank("random.cpu"): torch.get_rng_state()}
     if torch.cuda.is_available():
-        tensors["random.cuda"] = torch.cuda.get_rng_state()
+        tensors[of_rank("random.cuda")] = torch.cuda.get_rng_state()
     return tensors
 
 
 def set_random_tensors(tensors: dict[str, Tensor]) -> None:
     """Puts the random generators back."""
-    torch.set_rng_state(tensors["random.cpu"])
-    if "random.cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["random.cuda"])
+    torch.set_rng_state(tensors[of_rank("random.cpu")])
+    if of_rank("random.cuda") in tensors:
+        torch.cuda.set_rng_state(tensors[of_rank("random.cuda")])
+
+
+def of_rank(name: str) -> str:
+    """The name of a tensor that every rank has of its own; rank 0 is not named."""
+    return name if is_main() else f"{name}.rank{rank()}"
 
 
 def _canonical(name: str) -> str:
-    return _TORCHREC_TABLE.sub("tables.", name)
+    """Without the wrapper that averages gradients, and as the engine of plain tables calls it."""
+    return _TORCHREC_TABLE.sub("tables.", name.removeprefix("module."))

@@ -63,6 +63,20 @@ class SparseFeatures:
         weights = None if self.weights is None else self.weights[ids]
         return SparseFeatures(self.keys[start:stop], self.values[ids], self.lengths[bags], self.value_counts[start:stop], weights)
 
+    def rows(self, start: int, stop: int) -> SparseFeatures:
+        """Bags ``start`` to ``stop`` of every key; reads lengths on the host."""
+        lengths = self.lengths.view(len(self.keys), self.batch_size) if self.keys else self.lengths.view(0, 0)
+        firsts = torch.tensor([0, *accumulate(self.value_counts)])[:-1] + lengths[:, :start].sum(1).cpu()
+        kept = lengths[:, start:stop]
+        counts = tuple(kept.sum(1).tolist())
+        ids = [slice(first, first + count) for first, count in zip(firsts.tolist(), counts, strict=True)]
+
+        def cut(tensor: Tensor) -> Tensor:
+            return torch.cat([tensor[where] for where in ids]) if ids else tensor
+
+        weights = None if self.weights is None else cut(self.weights)
+        return SparseFeatures(self.keys, cut(self.values), kept.reshape(-1), counts, weights)
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> SparseFeatures:
         """The same ids on another device."""
         moved = {name: getattr(self, name).to(device, non_blocking=non_blocking) for name in ("values", "lengths")}
@@ -110,6 +124,15 @@ class Batch:
 
     def __len__(self) -> int:
         return self.labels.shape[0]
+
+    def rows(self, start: int, stop: int) -> Batch:
+        """Examples ``start`` to ``stop``; the position stays that after the whole batch."""
+        present = {name: part for name in ("requests", "teacher") if (part := getattr(self, name)) is not None}
+        cut = {
+            name: part[start:stop] for name, part in {**present, **{n: getattr(self, n) for n in ("dense", "labels", "weights")}}.items()
+        }
+        metadata = None if self.metadata is None else self.metadata.slice(start, stop - start)
+        return replace(self, sparse=self.sparse.rows(start, stop), metadata=metadata, **cut)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The same examples on another device; metadata stays on the host."""

@@ -70,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
         ("predict", _predict, "Write the predictions of the model that a training kept for the test window."),
         ("validate", _validate, "Judge the data of a window, by itself and against an earlier one; exit code 3 when they fail."),
     ):
-        made = verb(verbs, name, partial(_with_config, run), text)
+        made = verb(verbs, name, partial(_with_config, run if name == "validate" else partial(_in_processes, run)), text)
         made.add_argument("config", type=Path, help="YAML file; settings may follow as key=value")
         if name == "predict":
             made.add_argument("--out", type=Path, required=True, help="folder for the predictions")
@@ -121,9 +121,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(config: ExperimentConfig, options: argparse.Namespace) -> int:
+    from mlenv.loops.ranks import is_main
     from mlenv.training import train
 
     result = train(config)
+    if not is_main():
+        return DONE
     print(f"trained {result.steps:,} steps -> {config.output}")
     if result.evaluation is not None:
         print(_table(result.evaluation, config.schema.tasks))
@@ -135,11 +138,14 @@ def _train(config: ExperimentConfig, options: argparse.Namespace) -> int:
 
 def _evaluate(config: ExperimentConfig, options: argparse.Namespace) -> int:
     from mlenv.experiment import Experiment
+    from mlenv.loops.ranks import is_main
     from mlenv.training import REPORT, evaluate_and_report
 
     with Experiment(config) as experiment:
         checkpoint = experiment.load()
         evaluation = evaluate_and_report(experiment)
+    if not is_main():
+        return DONE
     print(f"measured {checkpoint}")
     print(_table(evaluation, config.schema.tasks))
     print(f"report   {Path(config.output) / REPORT}")
@@ -149,11 +155,13 @@ def _evaluate(config: ExperimentConfig, options: argparse.Namespace) -> int:
 def _predict(config: ExperimentConfig, options: argparse.Namespace) -> int:
     from mlenv.experiment import Experiment
     from mlenv.loops.evaluate import predict
+    from mlenv.loops.ranks import is_main
 
     with Experiment(config) as experiment:
         checkpoint = experiment.load()
         num_rows = predict(experiment.model, experiment.source("test"), options.out, experiment.calibrators)
-    print(f"{num_rows:,} rows scored with {checkpoint} -> {options.out}")
+    if is_main():
+        print(f"{num_rows:,} rows scored with {checkpoint} -> {options.out}")
     return DONE
 
 
@@ -261,6 +269,17 @@ def _with_config(run: Callable[[ExperimentConfig, argparse.Namespace], int], opt
 
     config = compose(options.config, options.overrides)
     return _show(config) if options.dry_run else run(config, options)
+
+
+def _in_processes(run: Callable[[ExperimentConfig, argparse.Namespace], int], config: ExperimentConfig, options: argparse.Namespace) -> int:
+    """Runs the command here, or in the processes that the config asks for."""
+    if config.launch.num_processes > 1:
+        from mlenv.launch import is_launched, launch
+
+        if not is_launched():
+            out = ["--out", str(options.out)] if "out" in options else []
+            return launch(config, [options.verb, str(options.config), *out, *options.overrides])
+    return run(config, options)
 
 
 def _show(config: ExperimentConfig) -> int:

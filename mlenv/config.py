@@ -398,11 +398,17 @@ class EmbeddingsConfig:
     """Added to the root of the accumulator, or of Adam's second moment."""
     weight_decay: float = 0.0
     """L2 penalty: this times a row is added to its gradient; of the rows that a step looks up, under adam of all rows."""
+    sharding: dict[str, str] = field(default_factory=dict)
+    """By table, how the engine torchrec divides it over processes: table_wise, row_wise or column_wise; its planner decides about
+    tables that are not named."""
 
     def __post_init__(self) -> None:
         check_above("learning_rate", self.learning_rate, 0)
         for name in ("init_std", "eps", "weight_decay"):
             check_at_least(name, getattr(self, name), 0)
+        for table, kind in self.sharding.items():
+            if kind not in (kinds := ("table_wise", "row_wise", "column_wise")):
+                raise ConfigError(f"sharding.{table}", expected=f"one of {kinds}", received=kind, fix=nearest(kind, kinds))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -584,6 +590,20 @@ class LoopConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LaunchConfig:
+    """How many processes of this machine train together. torchrun starts processes on several machines, with the same command."""
+
+    num_processes: int = 1
+    """Each takes a share of the rows and, with the engine torchrec, of the tables; with GPUs, one for each."""
+    max_restarts: int = 3
+    """How often all are started again, from the last checkpoint, when one of them has died."""
+
+    def __post_init__(self) -> None:
+        check_at_least("num_processes", self.num_processes, 1)
+        check_at_least("max_restarts", self.max_restarts, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrackingConfig:
     """Where MLflow keeps the run."""
 
@@ -689,6 +709,7 @@ class ExperimentConfig:
     """Corrects the predictions of a task, fitted on ``data.validation`` once the training has ended; a task that is not named
     keeps the sigmoid of its logits."""
     loop: LoopConfig = LoopConfig()
+    launch: LaunchConfig = LaunchConfig()
     checks: ChecksConfig = ChecksConfig()
     tracking: TrackingConfig = TrackingConfig()
     seed: int = 0
@@ -750,6 +771,11 @@ def _problems(config: ExperimentConfig) -> Iterator[MlenvError]:
             yield ConfigError("embeddings.engine", expected="torch, because the schema has no embedding table", received="torchrec")
     if not 0 <= config.seed < 2**63:
         yield ConfigError("seed", expected="an integer in [0, 2^63)", received=config.seed)
+    for name in config.embeddings.sharding:
+        if config.embeddings.engine != "torchrec":
+            yield ConfigError("embeddings.sharding", expected="nothing with the engine torch, which copies tables", received=name)
+        elif name not in schema.tables:
+            yield ConfigError("embeddings.sharding", expected="tables of the schema", received=name, fix=nearest(name, schema.tables))
     if config.embeddings.engine == "torchrec" and importlib.util.find_spec("torchrec") is None:
         fix = "pip install 'mlenv[torchrec]', or embeddings.engine=torch"
         yield ConfigError("embeddings.engine", expected="an engine that is installed", received="torchrec", fix=fix)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import logging
+import os
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -15,10 +16,11 @@ import torch.distributed
 from lightning.fabric import Fabric
 from omegaconf import OmegaConf
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from mlenv.batch import Extra, example_batch
 from mlenv.composition import from_plain, to_plain, to_yaml
-from mlenv.config import CALIBRATORS, ExperimentConfig
+from mlenv.config import BALANCES, CALIBRATORS, ExperimentConfig
 from mlenv.datasets.parquet_source import ParquetSource
 from mlenv.errors import CheckpointError, ConfigError, MlenvError
 from mlenv.kinds import kind_of
@@ -27,6 +29,7 @@ from mlenv.loops.checkpoint import add_document, list_checkpoints, load_tensors,
 from mlenv.loops.evaluate import evaluate, score
 from mlenv.loops.learning_rate import LearningRates, linear_decay, plateau_decay
 from mlenv.loops.optimizers import build_adam, build_table_optimizer, dense_parameters, plain_tables
+from mlenv.loops.ranks import Shares, all_ranks, is_main, join_group, rank, share, started_by_launcher, wait_for_all, world_size
 from mlenv.loops.sharding import shard
 from mlenv.loops.train_step import EagerStep
 from mlenv.loops.training_run import BEST_FOLDER, CHECKPOINT_FOLDER, CONFIG, RunOptions, TrainingRun
@@ -49,7 +52,7 @@ NAMED_FACTS = 25
 """Row groups that were passed over, and findings about the data, that the facts of a run name; the log has all."""
 
 _MAY_CHANGE = (
-    *("name", "output", "tracking.", "checks.", "calibration.", "data.path", "data.test", "data.workers."),
+    *("name", "output", "tracking.", "checks.", "calibration.", "data.path", "data.test", "data.workers.", "launch."),
     *("loop.log_every_steps", "loop.checkpoint_every_steps", "loop.keep_checkpoints", "loop.stop_after_evaluations", "loop.device"),
 )
 """Keys that a resumed training may set anew; any other would make it another model."""
@@ -78,12 +81,16 @@ class Experiment:
         if not self.output.parent.is_dir():
             fix = f"mkdir -p '{self.output.parent}', or set output to a folder elsewhere"
             raise ConfigError("output", expected="a folder whose parent exists", received=str(self.output), fix=fix)
-        self._started_process_group = False
+        self._started_process_group = join_group("nccl" if config.loop.device != "cpu" and torch.cuda.is_available() else "gloo")
         self._lock: IO[str] | None = None
         self._tracker: MlflowTracker | None = None
         if config.loop.device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("loop.device", expected="a device of this machine", received="cuda", fix="set it to auto or cpu")
-        self.fabric = Fabric(accelerator=config.loop.device, devices=1, precision=config.loop.precision)
+        devices: int | list[int] = 1
+        if started_by_launcher() and config.loop.device != "cpu" and torch.cuda.is_available():
+            devices = [int(os.environ["LOCAL_RANK"])]
+            torch.cuda.set_device(devices[0])
+        self.fabric = Fabric(accelerator=config.loop.device, devices=devices, precision=config.loop.precision)
         self._sources: dict[Split, ParquetSource] = {}
         self._loaded: Path | None = None
 
@@ -95,11 +102,13 @@ class Experiment:
         torch.manual_seed(config.seed)
         model = config.model.build(self.schema, embeddings)
         if config.embeddings.engine == "torchrec":
-            self._started_process_group = not torch.distributed.is_initialized()
+            self._started_process_group |= not torch.distributed.is_initialized()
             model = shard(model, config.embeddings, self.fabric.device, config.seed)
         else:
             model = model.to(self.fabric.device)
-        torch.manual_seed(config.seed)  # building may draw more or fewer numbers; training starts from the same
+            if world_size() > 1:
+                model = DistributedDataParallel(model)
+        torch.manual_seed(config.seed + rank())  # building may draw more or fewer numbers; training starts from the same
         return model
 
     @cached_property
@@ -111,6 +120,10 @@ class Experiment:
     def objective(self) -> Objective:
         """What the training lowers; its teacher, if it has one, is loaded with it."""
         config, device = self.config.objective, self.fabric.device
+        if world_size() > 1 and config.balance is not None and kind_of(config.balance, BALANCES) in ("grad_norm", "pcgrad"):
+            # They run backward once for each task, and gradients are averaged over the processes once a step.
+            received = f"{kind_of(config.balance, BALANCES)} with {world_size()} processes"
+            raise ConfigError("objective.balance", expected="uncertainty or none with several processes", received=received)
         probe = example_batch(self.schema).to(device)
         model, tasks = self.model, self.schema.tasks
         with torch.random.fork_rng():  # dropout goes on with the same numbers, whatever the objective draws
@@ -128,12 +141,19 @@ class Experiment:
         if decay != "none":
             schedule = linear_decay(self.total_steps) if decay == "linear" else plateau_decay
             rates = LearningRates(self.optimizers, getattr(self.model, "fused_optimizer", None), schedule)
-        return EagerStep(self.fabric, self.model, self.optimizers, self.objective, clip, rates)
+        empty = example_batch(self.schema, num_rows=0)
+        return EagerStep(self.fabric, self.model, self.optimizers, self.objective, clip, rates, self.shares, empty)
+
+    @cached_property
+    def shares(self) -> Shares:
+        """How the training rows are divided over the processes."""
+        rows = all_ranks((self.source("train").num_own_rows,))
+        return Shares(tuple(own for (own,) in rows), self.config.data.batch_size)
 
     @cached_property
     def total_steps(self) -> int:
         """Steps of the whole training."""
-        available, wanted = self.source("train").num_batches, self.config.loop.max_steps
+        available, wanted = self.shares.num_steps, self.config.loop.max_steps
         return min(available, wanted) if wanted else available
 
     @property
@@ -148,7 +168,9 @@ class Experiment:
         if loop.monitor and self.total_steps < loop.evaluate_every_steps:
             expected = f"at most the {self.total_steps} steps of the training, so that loop.monitor is measured"
             raise ConfigError("loop.evaluate_every_steps", expected=expected, received=loop.evaluate_every_steps)
-        self._occupy()
+        if is_main():
+            self._occupy()
+        wait_for_all()
         options = RunOptions(
             terms=self.objective.terms,
             log_every_steps=loop.log_every_steps,
@@ -211,7 +233,8 @@ class Experiment:
         needs_labels = any(config.needs_labels for config in self.config.calibration.values())
         scored = score(self.model, self.source("validation")) if needs_labels else ()
         self.calibrators = fit_calibrators(self.config.calibration, self.schema.tasks, scored)
-        add_document(checkpoint, CALIBRATORS_FILE, calibrators_to_json(self.calibrators))
+        if is_main():
+            add_document(checkpoint, CALIBRATORS_FILE, calibrators_to_json(self.calibrators))
 
     def keep(self, path: Path, folder: str = "") -> None:
         """Adds a file or a folder to the tracked run."""
@@ -270,7 +293,8 @@ class Experiment:
         if self._started_process_group:
             torch.distributed.destroy_process_group()
 
-    def _open_source(self, split: Split) -> ParquetSource:
+    def _open_source(self, split: Split, *, is_divided: bool = True) -> ParquetSource:
+        """Of the training rows each rank reads its own, unless they are not divided; held-out rows are read by all."""
         data, is_training = self.config.data, split == "train"
         window = getattr(data, split)
         if window is None:
@@ -285,6 +309,8 @@ class Experiment:
             seed=self.config.seed,
             num_epochs=data.num_epochs if is_training else 1,
             extras=extras,
+            rank=rank() if is_training and is_divided else 0,
+            world_size=world_size() if is_training and is_divided else 1,
         )
 
     @cached_property
@@ -309,12 +335,16 @@ class Experiment:
         return {**self.objective.gauges(), **gate_gauges(self.model)}
 
     def _fit_normalization(self) -> None:
+        """Rank 0 reads the rows that a single process would, so that the model is the same on any number of them."""
         batches = -(-NORMALIZATION_ROWS // self.config.data.batch_size)
+        source = self.source("train") if world_size() == 1 else self._open_source("train", is_divided=False)
         for module in self.model.modules():
             if isinstance(module, NumericNormalization) and self.schema.num_dense:
-                reader = self.source("train").batches()
-                module.fit(batch.dense for batch, _ in zip(reader, range(batches), strict=False))
-                reader.close()
+                if is_main():
+                    reader = source.batches()
+                    module.fit(batch.dense for batch, _ in zip(reader, range(batches), strict=False))
+                    reader.close()
+                share(module.buffers())
 
     def _validate(self) -> dict[str, float]:
         return evaluate(self.model, self.source("validation")).metrics

@@ -16,6 +16,7 @@ from mlenv.experiment import SPLITS, Experiment, Split
 from mlenv.loops.evaluate import Evaluation, evaluate
 from mlenv.loops.fit import fit
 from mlenv.loops.journal import JOURNAL_FILE, Journal
+from mlenv.loops.ranks import is_main
 from mlenv.loops.training_run import CHECKPOINT_FOLDER, CONFIG
 from mlenv.page import write_whole
 from mlenv.report import Report, write_report
@@ -54,17 +55,19 @@ def train(config: ExperimentConfig) -> TrainingResult:
         splits: list[Split] = [split for split in SPLITS if getattr(config.data, split) is not None]
         for split in splits:
             _ = experiment.source(split).joins  # all windows are checked before the first step
-        statistics = _training_statistics(experiment)
-        if config.checks.before_training:
+        # Where they may stop the training, every process takes them, and comes to the same verdict.
+        statistics = _training_statistics(experiment) if is_main() or config.checks.before_training else None
+        if statistics is not None and config.checks.before_training:
             _check_training_window(statistics, config, experiment.source("train"))
         progress = fit(experiment.step, experiment.source("train"), experiment.run, config.loop)
-        write_whole(statistics.to_json(), experiment.output / STATISTICS_FILE)
-        experiment.keep(experiment.output / STATISTICS_FILE)
+        if statistics is not None and is_main():
+            write_whole(statistics.to_json(), experiment.output / STATISTICS_FILE)
+            experiment.keep(experiment.output / STATISTICS_FILE)
         checkpoint = experiment.load()
         experiment.calibrate(checkpoint)
         evaluation = evaluate_and_report(experiment) if "test" in splits else None
-        if evaluation is not None:
-            _journal_once(experiment.run.journal, progress.step, evaluation)
+        if evaluation is not None and is_main():
+            _journal_once(Journal(experiment.output / JOURNAL_FILE), progress.step, evaluation)
             for name in (METRICS, REPORT):
                 experiment.keep(experiment.output / name)
         experiment.keep(checkpoint, "model")
@@ -77,6 +80,8 @@ def evaluate_and_report(experiment: Experiment) -> Evaluation:
     """Scores the test window; writes predictions, metrics and the report into the output folder."""
     output, schema, source = experiment.output, experiment.schema, experiment.source("test")
     evaluation = evaluate(experiment.model, source, output / PREDICTIONS, experiment.calibrators)
+    if not is_main():
+        return evaluation
     finite = {name: value if math.isfinite(value) else None for name, value in evaluation.metrics.items()}
     (output / METRICS).write_text(json.dumps(finite, indent=2))
     report = Report(

@@ -1,0 +1,145 @@
+"""The processes of a training: how many there are, which one this is, and what they tell each other.
+
+Without a process group there is one, of rank 0, and nothing waits or is sent.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+
+from mlenv.batch import Batch
+
+
+@dataclass(frozen=True)
+class Shares:
+    """How the rows of a training are divided over the ranks; each rank's batches are full but for its last one."""
+
+    rows: tuple[int, ...]
+    """Rows of each rank, over all epochs."""
+    batch_size: int
+    """Examples per step and rank."""
+
+    @property
+    def num_steps(self) -> int:
+        """Steps until every rank has trained on all of its rows."""
+        return -(-max(self.rows) // self.batch_size)
+
+    def examples(self, step: int) -> int:
+        """Examples of all ranks in the step of this number, from 0."""
+        return sum(min(max(rows - step * self.batch_size, 0), self.batch_size) for rows in self.rows)
+
+
+def started_by_launcher() -> bool:
+    """Whether torchrun, or whoever sets what it sets, started this process as one of several."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def join_group(backend: str) -> bool:
+    """Joins the other processes of the launcher; returns whether a process group was started here.
+
+    Args:
+        backend: of ``torch.distributed``: gloo for CPUs, nccl for GPUs.
+    """
+    if not started_by_launcher() or torch.distributed.is_initialized():
+        return False
+    torch.distributed.init_process_group(backend)
+    return True
+
+
+def world_size() -> int:
+    """Processes of the training."""
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+def rank() -> int:
+    """Number of this process, from 0; known before the group is joined and after it is left."""
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else int(os.environ.get("RANK", 0))
+
+
+def is_main() -> bool:
+    """Whether this process writes the files of the run and speaks."""
+    return rank() == 0
+
+
+def wait_for_all() -> None:
+    """Returns once every process has come here."""
+    if world_size() > 1:
+        torch.distributed.barrier()
+
+
+def from_main(text: str) -> str:
+    """The text of rank 0."""
+    if world_size() == 1:
+        return text
+    told: list[object] = [text]
+    torch.distributed.broadcast_object_list(told)
+    return str(told[0])
+
+
+def all_ranks(numbers: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """These numbers of every rank, in the order of the ranks."""
+    if world_size() == 1:
+        return [numbers]
+    own = torch.tensor(numbers, device=_device())
+    gathered = [torch.empty_like(own) for _ in range(world_size())]
+    torch.distributed.all_gather(gathered, own)
+    return [tuple(of_rank.tolist()) for of_rank in gathered]
+
+
+def summed(tensor: Tensor) -> Tensor:
+    """The sum over all ranks; the tensor itself where there is one rank."""
+    if world_size() == 1:
+        return tensor
+    total = tensor.clone()
+    torch.distributed.all_reduce(total)
+    return total
+
+
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Averages over the ranks what no wrapper of the model averages."""
+    if world_size() > 1:
+        for parameter in parameters:
+            gradient = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
+            torch.distributed.all_reduce(gradient)
+            parameter.grad = gradient / world_size()
+
+
+def share(tensors: Iterable[Tensor]) -> None:
+    """Gives all ranks the values of rank 0."""
+    if world_size() > 1:
+        for tensor in tensors:
+            torch.distributed.broadcast(tensor, 0)
+
+
+def own_rows(batch: Batch) -> Batch:
+    """This rank's part of a batch that all ranks have; the parts are consecutive and the last ones may be shorter, or empty."""
+    if world_size() == 1:
+        return batch
+    part = _part(len(batch))
+    return batch.rows(min(rank() * part, len(batch)), min((rank() + 1) * part, len(batch)))
+
+
+def rows_of_all(own: Tensor, num_rows: int) -> Tensor:
+    """What ``own_rows`` divided, together again: ``(num_rows, ...)`` on every rank, of the ``(own rows, ...)`` of each."""
+    if world_size() == 1:
+        return own
+    part = _part(num_rows)
+    padded = own.new_zeros(part, *own.shape[1:])
+    padded[: len(own)] = own
+    parts = [torch.empty_like(padded) for _ in range(world_size())]
+    torch.distributed.all_gather(parts, padded)
+    return torch.cat(parts)[:num_rows]
+
+
+def _part(num_rows: int) -> int:
+    return -(-num_rows // world_size())
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.distributed.get_backend() == "nccl" else "cpu")
