@@ -14,16 +14,14 @@ RATE, SEEDS = 0.1, (0, 1, 2)
 SAMPLER = f"kind: sample_negatives, negative: click = 0, rate: {RATE}"
 CORRECTION = f"calibration={{click: {{kind: negative_sampling, rate: {RATE}}}}}"
 ALL = "all rows"
+SMALLER = "data.batch_size=256"
+"""A fifth of the rows is left: so the training has about as many steps."""
+CORRECTED, WEIGHTED = "a tenth of the negatives, predictions corrected", "a tenth of the negatives, weighted"
 WAYS: dict[str, list[str]] = {
     ALL: [],
-    "a tenth of the negatives, weighted": [
-        f"data.transforms=[{{{SAMPLER}, weight_column: click_weight}}]",
-        "schema.labels.click.weight=click_weight",
-    ],
-    "a tenth of the negatives, predictions corrected": [f"data.transforms=[{{{SAMPLER}}}]", CORRECTION],
-    "the same, not corrected": [f"data.transforms=[{{{SAMPLER}}}]"],
+    CORRECTED: [SMALLER, f"data.transforms=[{{{SAMPLER}}}]", CORRECTION],
+    WEIGHTED: [SMALLER, f"data.transforms=[{{{SAMPLER}, weight_column: click_weight}}]", "schema.labels.click.weight=click_weight"],
 }
-CORRECTED = list(WAYS)[1:3]
 LARGEST_CALIBRATION, LARGEST_AUC = 0.02, 0.003
 
 
@@ -35,14 +33,17 @@ def measure(folder: Path) -> Result:
     means = {way: [sum(values) / len(SEEDS) for values in zip(*found, strict=True)] for way, found in figures.items()}
     rows = [[way, f"{steps:,.0f}", f"{auc:.4f}", f"{calibration:.4f}"] for way, (steps, auc, calibration) in means.items()]
     _, auc, calibration = means[ALL]
-    off = max(abs(means[way][2] / calibration - 1) for way in CORRECTED)
-    lost = max(auc - means[way][1] for way in CORRECTED)
+    off, lost = (
+        {way: difference(means[way]) for way in (CORRECTED, WEIGHTED)}
+        for difference in (lambda figures: abs(figures[2] / calibration - 1), lambda figures: auc - figures[1])
+    )
     return Result(
         f"A tenth of the negatives: clicks on unsampled test days, means over {len(SEEDS)} seeds",
         markdown_table(["training rows", "steps", "AUC", "calibration"], rows),
-        f"Corrected, calibration is within {off:.2%} of that of all rows (target: {LARGEST_CALIBRATION:.0%}), and AUC at most "
-        f"{lost:.4f} below (target: {LARGEST_AUC}).",
-        off <= LARGEST_CALIBRATION and lost <= LARGEST_AUC,
+        f"Corrected, calibration is {off[CORRECTED]:.2%} from that of all rows (target: {LARGEST_CALIBRATION:.0%}), and AUC "
+        f"{lost[CORRECTED]:.4f} below (target: {LARGEST_AUC}). Weights in the loss, which make its gradients noisier: "
+        f"{off[WEIGHTED]:.2%} and {lost[WEIGHTED]:.4f}.",
+        off[CORRECTED] <= LARGEST_CALIBRATION and lost[CORRECTED] <= LARGEST_AUC,
     )
 
 
