@@ -17,7 +17,7 @@ from mlenv.modules.embeddings import fill_initial_rows
 
 
 def shard(model: nn.Module, config: EmbeddingsConfig, device: torch.device, seed: int) -> nn.Module:
-    """Gives the model's TorchRec tables a place, memory, initial rows and a fused row-wise Adagrad.
+    """Gives the model's TorchRec tables a place, memory, initial rows and a fused optimizer.
 
     One process goes the same way as many. A process group is started when there is none.
     """
@@ -32,15 +32,19 @@ def shard(model: nn.Module, config: EmbeddingsConfig, device: torch.device, seed
     from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
     from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
     from torchrec.distributed.types import ShardingType
-    from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
+    from torchrec.optim import SGD, RowWiseAdagrad
 
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=HashStore())
-    options = {"lr": config.learning_rate, "eps": config.eps, "weight_decay": config.weight_decay}
     constraints = {}
     for module in model.modules():
         if isinstance(module, (EmbeddingBagCollection, EmbeddingCollection)):
-            apply_optimizer_in_backward(RowWiseAdagrad, module.parameters(), options)
+            for name, parameter in module.named_parameters():
+                own = config.of(table_of(name))
+                options = {"lr": own.learning_rate}
+                if own.optimizer == "row_wise_adagrad":
+                    options |= {"eps": own.eps, "weight_decay": own.weight_decay}
+                apply_optimizer_in_backward(RowWiseAdagrad if own.optimizer == "row_wise_adagrad" else SGD, [parameter], options)
             # Left alone, the planner replicates small tables, and replicas have no fused optimizer.
             sharding_types = [kind.value for kind in ShardingType if kind != ShardingType.DATA_PARALLEL]
             for table in module.embedding_bag_configs() if isinstance(module, EmbeddingBagCollection) else module.embedding_configs():

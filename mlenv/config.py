@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import importlib.util
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -10,13 +11,14 @@ from itertools import count, islice
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
 
-from mlenv.errors import ConfigError, MlenvError, Problems, check_above, check_at_least, nearest
+from mlenv.errors import ConfigError, MlenvError, Problems, check_above, check_at_least, nearest, placed_under
 from mlenv.kinds import class_of, kind_field, kind_of
 from mlenv.schema import Schema
 
 if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
+    import torch
     from numpy.typing import NDArray
     from torch import nn
 
@@ -363,43 +365,94 @@ class DataConfig:
             raise ConfigError("max_bad_row_groups", expected=expected, received=self.max_bad_row_groups)
 
 
+TableOptimizer = Literal["row_wise_adagrad", "adam", "sgd"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableConfig:
+    """How one table is trained where it is not trained like all others; what is null is taken from ``embeddings``."""
+
+    optimizer: TableOptimizer | None = None
+    """With another optimizer than that of ``embeddings`` the learning rate must be named, because rates do not carry over."""
+    learning_rate: float | None = None
+    eps: float | None = None
+    weight_decay: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.learning_rate is not None:
+            check_above("learning_rate", self.learning_rate, 0)
+        for name in ("eps", "weight_decay"):
+            if getattr(self, name) is not None:
+                check_at_least(name, getattr(self, name), 0)
+
+
 @dataclass(frozen=True, kw_only=True)
 class EmbeddingsConfig:
     """Which engine holds the tables. Both have the same table names, logits and training curve."""
 
     engine: Literal["torch", "torchrec"] = "torch"
     """torch: plain tables, everywhere, exportable; torchrec: fused update and sharding over ranks."""
-    optimizer: Literal["row_wise_adagrad", "adam"] = "row_wise_adagrad"
-    """row_wise_adagrad touches the rows that a step looks up; adam every row at every step, which only small tables can afford."""
+    optimizer: TableOptimizer = "row_wise_adagrad"
+    """row_wise_adagrad and sgd touch the rows that a step looks up; adam every row at every step, which only small tables can afford."""
     init_std: float = 0.01
     """Standard deviation of the initial rows, normal around zero."""
     learning_rate: float = 0.02
-    """Of row-wise Adagrad, which keeps one accumulator per row (Duchi et al. 2011; Mudigere et al. 2022, arXiv:2104.05158), or of Adam."""
+    """Of row-wise Adagrad, which keeps one accumulator per row (Duchi et al. 2011; Mudigere et al. 2022, arXiv:2104.05158), of Adam
+    or of plain gradient descent."""
     eps: float = 1e-8
-    """Added to the root of the accumulator, or of Adam's second moment."""
+    """Added to the root of the accumulator, or of Adam's second moment; sgd has none."""
     weight_decay: float = 0.0
-    """L2 penalty: this times a row is added to its gradient; of the rows that a step looks up, under adam of all rows."""
+    """L2 penalty: this times a row is added to its gradient; of the rows that a step looks up, under adam of all rows; sgd has none."""
+    tables: dict[str, TableConfig] = field(default_factory=dict)
+    """What is different for a table, by its name in ``schema.tables``."""
 
     def __post_init__(self) -> None:
         check_above("learning_rate", self.learning_rate, 0)
         for name in ("init_std", "eps", "weight_decay"):
             check_at_least(name, getattr(self, name), 0)
+        if self.optimizer == "sgd" and self.weight_decay:
+            raise ConfigError("weight_decay", expected="0 under sgd", received=self.weight_decay)
+        for name, table in self.tables.items():
+            other = table.optimizer not in (None, self.optimizer)
+            if other and table.learning_rate is None:
+                expected = f"a number, because {table.optimizer} takes another rate than {self.optimizer}"
+                raise ConfigError(f"tables.{name}.learning_rate", expected=expected, received=None)
+            with placed_under(f"tables.{name}"):
+                if self.of(name).optimizer == "sgd" and table.eps is not None:
+                    raise ConfigError("eps", expected="null, because sgd has none", received=table.eps)
+
+    def of(self, table: str) -> EmbeddingsConfig:
+        """The same with what is different for a table in place, and without a word about others."""
+        different = dataclasses.asdict(self.tables.get(table, TableConfig()))
+        return replace(self, tables={}, **{name: value for name, value in different.items() if value is not None})
 
 
-@dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """Adam (Kingma and Ba 2015) with decoupled weight decay (Loshchilov and Hutter 2019), for all that is not an embedding table."""
+class OptimizerConfig(Protocol):
+    """Builds the optimizer of all that is not an embedding table, with its state in place from the start."""
 
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.0
-    """Decay per step in units of the learning rate; biases and normalizations are spared."""
-    gradient_clip_norm: float = 0.0
-    """Largest norm of the gradient of the dense parameters, and of tables under Adam with them; 0 does not clip."""
+    @property
+    def learning_rate(self) -> float:
+        """Before warm-up and decay."""
 
-    def __post_init__(self) -> None:
-        check_above("learning_rate", self.learning_rate, 0)
-        for name in ("weight_decay", "gradient_clip_norm"):
-            check_at_least(name, getattr(self, name), 0)
+    @property
+    def gradient_clip_norm(self) -> float:
+        """Largest norm of the gradient of the dense parameters, and of tables under Adam with them; 0 does not clip."""
+
+    def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer: ...
+
+
+OPTIMIZERS: dict[str, type | str] = {
+    "adam": "mlenv.loops.dense_optimizers:AdamConfig",
+    "adamw": "mlenv.loops.dense_optimizers:AdamWConfig",
+    "lion": "mlenv.loops.lion:LionConfig",
+    "sgd": "mlenv.loops.dense_optimizers:SGDConfig",
+}
+"""Optimizers by the name that ``optimizer.kind`` takes."""
+
+
+def _adamw() -> OptimizerConfig:
+    config: OptimizerConfig = class_of("adamw", OPTIMIZERS, "optimizer")()
+    return config
 
 
 class LossConfig(Protocol):
@@ -655,7 +708,8 @@ class ExperimentConfig:
     data: DataConfig
     model: ModelConfig = kind_field(MODELS)
     embeddings: EmbeddingsConfig = EmbeddingsConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
+    optimizer: OptimizerConfig = kind_field(OPTIMIZERS, default_kind="adamw", default_factory=_adamw)
+    """Of all that is not an embedding table; AdamW where no kind is named."""
     objective: ObjectiveConfig = ObjectiveConfig()
     calibration: dict[str, CalibratorConfig] = kind_field(CALIBRATORS, default_factory=dict)
     """Corrects the predictions of a task, fitted on ``data.validation`` once the training has ended; a task that is not named
@@ -704,14 +758,8 @@ def _problems(config: ExperimentConfig) -> Iterator[MlenvError]:
     for feature in set(config.checks.may_drift) - set(schema.features):
         yield ConfigError("checks.may_drift", expected="features of the schema", received=feature, fix=nearest(feature, schema.features))
     yield from _monitor_problems(config)
+    yield from _table_optimizer_problems(config)
     if config.embeddings.engine == "torchrec":
-        if config.embeddings.optimizer != "row_wise_adagrad":
-            yield ConfigError(
-                "embeddings.optimizer",
-                expected="row_wise_adagrad, the one optimizer of the engine torchrec",
-                received=config.embeddings.optimizer,
-                fix="set embeddings.engine to torch",
-            )
         for name, table in schema.tables.items():
             if table.embedding_dim % 4:
                 fix = "round it up, or set embeddings.engine to torch"
@@ -772,6 +820,20 @@ def _transform_problems(config: ExperimentConfig) -> Iterator[MlenvError]:
                 fix = f"take out calibration.{task}, or {key}.weight_column and schema.labels.{task}.weight"
                 expected = f"another kind, because the weights of {key} correct the sampling already"
                 yield ConfigError(f"calibration.{task}.kind", expected=expected, received="negative_sampling", fix=fix)
+
+
+def _table_optimizer_problems(config: ExperimentConfig) -> Iterator[MlenvError]:
+    """Tables that are not there, and optimizers that TorchRec does not have."""
+    embeddings, tables = config.embeddings, config.schema.tables
+    for name in embeddings.tables.keys() - tables.keys():
+        yield ConfigError(f"embeddings.tables.{name}", expected="a table of schema.tables", received=name, fix=nearest(name, tables))
+    if embeddings.engine != "torchrec":
+        return
+    keys = {"embeddings.optimizer": embeddings.optimizer}
+    keys |= {f"embeddings.tables.{name}.optimizer": table.optimizer for name, table in embeddings.tables.items() if table.optimizer}
+    for key in (key for key, optimizer in keys.items() if optimizer == "adam"):
+        expected = "row_wise_adagrad or sgd, because TorchRec has no Adam on a CPU, and on a GPU one that skips the rows without a gradient"
+        yield ConfigError(key, expected=expected, received="adam", fix="set embeddings.engine to torch")
 
 
 def _objective_problems(objective: ObjectiveConfig, schema: Schema) -> Iterator[MlenvError]:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed
 from lightning.fabric import Fabric
 from omegaconf import OmegaConf
-from torch import Tensor, nn
+from torch import nn
 
 from mlenv.batch import Extra, example_batch
 from mlenv.composition import from_plain, to_plain, to_yaml
@@ -26,7 +26,7 @@ from mlenv.loops.calibration import CALIBRATORS_FILE, Calibrator, calibrators_fr
 from mlenv.loops.checkpoint import add_document, list_checkpoints, load_tensors, read_document, verify
 from mlenv.loops.evaluate import evaluate, score
 from mlenv.loops.learning_rate import LearningRates, linear_decay, plateau_decay
-from mlenv.loops.optimizers import build_adam, build_table_optimizer, dense_parameters, plain_tables
+from mlenv.loops.optimizers import build_table_optimizers, dense_parameters, options_of_tables
 from mlenv.loops.sharding import shard
 from mlenv.loops.train_step import EagerStep
 from mlenv.loops.training_run import BEST_FOLDER, CHECKPOINT_FOLDER, CONFIG, RunOptions, TrainingRun
@@ -120,10 +120,8 @@ class Experiment:
     @cached_property
     def step(self) -> EagerStep:
         """One step of training."""
-        clipped: list[Tensor] = [*self._dense_parameters]
-        if self.config.embeddings.optimizer == "adam":
-            clipped += plain_tables(self.model)
-        clip = clipped, self.config.optimizer.gradient_clip_norm
+        whole_tables = [table for table, options in options_of_tables(self.model, self.config.embeddings) if options.optimizer == "adam"]
+        clip = [*self._dense_parameters, *whole_tables], self.config.optimizer.gradient_clip_norm
         decay, rates = self.config.loop.learning_rate_decay, None
         if decay != "none":
             schedule = linear_decay(self.total_steps) if decay == "linear" else plateau_decay
@@ -136,10 +134,11 @@ class Experiment:
         available, wanted = self.source("train").num_batches, self.config.loop.max_steps
         return min(available, wanted) if wanted else available
 
-    @property
+    @cached_property
     def optimizers(self) -> list[torch.optim.Optimizer]:
         """What updates the model after a backward pass; TorchRec's tables update themselves during it."""
-        return [self._adam] if self._table_optimizer is None else [self._adam, self._table_optimizer]
+        tables = options_of_tables(self.model, self.config.embeddings)
+        return [self.config.optimizer.build(self._dense_parameters), *build_table_optimizers(tables)]
 
     @cached_property
     def run(self) -> TrainingRun:
@@ -288,17 +287,8 @@ class Experiment:
         )
 
     @cached_property
-    def _adam(self) -> torch.optim.Optimizer:
-        return build_adam(self._dense_parameters, self.config.optimizer)
-
-    @cached_property
     def _dense_parameters(self) -> list[nn.Parameter]:
         return [*dense_parameters(self.model), *self.objective.parameters()]
-
-    @cached_property
-    def _table_optimizer(self) -> torch.optim.Optimizer | None:
-        tables = plain_tables(self.model)
-        return build_table_optimizer(tables, self.config.embeddings) if tables else None
 
     def _tensors(self) -> dict[str, Any]:
         objective = {f"objective.{name}": tensor for name, tensor in self.objective.state_dict().items()}

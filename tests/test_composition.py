@@ -3,8 +3,9 @@ from __future__ import annotations
 import pytest
 
 from mlenv.composition import compose, from_plain, to_plain, to_yaml
-from mlenv.config import ExperimentConfig
+from mlenv.config import OPTIMIZERS, ExperimentConfig
 from mlenv.errors import ConfigError, Problems
+from mlenv.kinds import kind_of
 from mlenv.modules import CrossNetConfig, RankerConfig
 from mlenv.schema import Categorical, Numeric
 
@@ -100,6 +101,22 @@ def test_every_problem_is_named_at_once(control):
     assert "model.kind: expected one of ['ranker']" in text
 
 
+def test_an_optimizer_without_a_kind_is_adamw_and_another_kind_starts_afresh(control):
+    assert kind_of(compose(control).optimizer, OPTIMIZERS) == "adamw"
+    named = compose(control, ["optimizer.learning_rate=0.25"]).optimizer
+    assert (kind_of(named, OPTIMIZERS), named.learning_rate) == ("adamw", 0.25)
+    control.write_text(control.read_text() + "optimizer: {learning_rate: 0.125}\n")
+    assert compose(control).optimizer.learning_rate == 0.125
+    assert to_plain(compose(control, ["optimizer={kind: lion, beta1: 0.5}"]))["optimizer"] == {
+        "kind": "lion",
+        "learning_rate": 1e-4,
+        "weight_decay": 0.0,
+        "gradient_clip_norm": 0.0,
+        "beta1": 0.5,
+        "beta2": 0.99,
+    }
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -136,7 +153,20 @@ def test_every_problem_is_named_at_once(control):
         ),
         ("loop.monitor=click/calibration", "loop.monitor: expected TASK/METRIC with one of ['auc', 'ece', 'grouped_auc'"),
         ("loop.monitor=click/grouped_auc", "loop.monitor: expected a metric that needs no schema.request"),
-        ("embeddings={engine: torchrec, optimizer: adam}", "embeddings.optimizer: expected row_wise_adagrad, the one optimizer of"),
+        (
+            "embeddings={engine: torchrec, optimizer: adam}",
+            "embeddings.optimizer: expected row_wise_adagrad or sgd, because TorchRec has no",
+        ),
+        (
+            "embeddings={engine: torchrec, tables: {item: {optimizer: adam, learning_rate: 0.1}}}",
+            "embeddings.tables.item.optimizer: expected row_wise_adagrad or sgd, because TorchRec has no Adam on a CPU",
+        ),
+        ("embeddings.tables.itm.learning_rate=0.1", "embeddings.tables.itm: expected a table of schema.tables"),
+        ("embeddings.tables.item.learning_rate=0", "embeddings.tables.item.learning_rate: expected a number > 0"),
+        ("embeddings.tables.item.optimizer=sgd", "embeddings.tables.item.learning_rate: expected a number, because sgd takes another rate"),
+        ("optimizer.kind=adamv", "optimizer.kind: expected one of ['adam', 'adamw', 'lion', 'sgd']"),
+        ("optimizer={kind: lion, eps: 1}", "optimizer.eps: expected a key of LionConfig"),
+        ("optimizer=adam", "optimizer: expected a mapping with a kind"),
         ("schema.features.item.table=itm", "schema.features.item.table: expected a table of the schema"),
         ("optimizer.learning_rate=0", "optimizer.learning_rate: expected a number > 0"),
         ("model.deep.dropout=1.5", "model.deep.dropout: expected a share in [0, 1)"),

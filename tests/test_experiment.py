@@ -92,8 +92,14 @@ BEST_STEP = [
         ["data.num_epochs=8", "embeddings.engine=torchrec"],
         [*BEST_STEP, "embeddings.optimizer=adam", "embeddings.weight_decay=0.01", "optimizer.gradient_clip_norm=1"],
         [*BEST_STEP, "embeddings.engine=torchrec"],
+        [
+            "data.num_epochs=8",
+            "optimizer={kind: lion, weight_decay: 0.1}",
+            "embeddings.tables={user: {optimizer: adam, learning_rate: 0.01}}",
+        ],
+        ["data.num_epochs=8", "optimizer.kind=sgd", "embeddings={engine: torchrec, tables: {item: {optimizer: sgd, learning_rate: 10}}}"],
     ],
-    ids=["torch", "torchrec", "best step, torch", "best step, torchrec"],
+    ids=["torch", "torchrec", "best step, torch", "best step, torchrec", "lion", "sgd"],
 )
 def test_a_killed_training_ends_as_if_it_had_never_been_killed(demo_arguments, tmp_path, settings):
     train(config(demo_arguments(*settings, output="undisturbed")))
@@ -184,6 +190,36 @@ def test_both_engines_have_the_same_curve_and_read_each_others_checkpoints(demo_
         metrics = evaluate(experiment.model, experiment.source("test")).metrics
     expected = json.loads((tmp_path / "torch" / "metrics.json").read_text())
     assert metrics["click/log_loss"] == pytest.approx(expected["click/log_loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["embeddings.tables={item: {learning_rate: 0.03, eps: 0.1}, user: {optimizer: sgd, learning_rate: 20}}"],
+        [
+            *("embeddings.optimizer=sgd", "embeddings.learning_rate=10"),
+            "embeddings.tables={item: {learning_rate: 30}, user: {optimizer: row_wise_adagrad, learning_rate: 0.1, weight_decay: 0.01}}",
+        ],
+    ],
+    ids=["row_wise_adagrad", "sgd"],
+)
+def test_both_engines_have_the_same_curve_with_an_optimizer_for_each_table(demo_arguments, tmp_path, settings):
+    curves, tables = {}, {}
+    for engine in ENGINES:
+        train(
+            config(demo_arguments(*settings, f"embeddings.engine={engine}", "loop.max_steps=25", "loop.log_every_steps=1", output=engine))
+        )
+        lines = Journal(tmp_path / engine / "metrics.jsonl").read()
+        curves[engine] = [line["train/click/loss"] for line in lines if "train/click/loss" in line]
+        tensors = tensors_of(list_checkpoints(tmp_path / engine / "checkpoints")[-1])
+        tables[engine] = {name: tensor for name, tensor in tensors.items() if "embeddings.tables." in name}
+    assert len(curves["torch"]) == 25
+    np.testing.assert_allclose(curves["torch"], curves["torchrec"], rtol=1e-5)
+    assert tables["torch"].keys() == tables["torchrec"].keys()
+    for name, tensor in tables["torch"].items():
+        torch.testing.assert_close(tensor, tables["torchrec"][name], rtol=1e-4, atol=1e-6)
+    moved = {name: tensor.std() for name, tensor in tables["torch"].items() if not name.startswith("optimizer.")}
+    assert min(moved.values()) > 0.0105  # more than the initial rows differ
 
 
 def test_every_figure_follows_from_the_predictions_file(demo_arguments, tmp_path):
