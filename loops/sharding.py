@@ -43,7 +43,7 @@ def shard(model: nn.Module, config: EmbeddingsConfig, device: torch.device, seed
                 own = config.of(table_of(name))
                 options = {"lr": own.learning_rate}
                 if own.optimizer == "row_wise_adagrad":
-                    options |= {"eps": own.eps, "weight_decay": own.weight_decay}
+                    options["eps"] = own.eps
                 apply_optimizer_in_backward(RowWiseAdagrad if own.optimizer == "row_wise_adagrad" else SGD, [parameter], options)
             # Left alone, the planner replicates small tables, and replicas have no fused optimizer.
             sharding_types = [kind.value for kind in ShardingType if kind != ShardingType.DATA_PARALLEL]

@@ -585,9 +585,20 @@ class LoopConfig:
 
     max_steps: int = 0
     """Optimizer steps; 0 trains to the end of ``data.num_epochs``."""
-    learning_rate_decay: Literal["none", "linear", "plateau"] = "none"
-    """linear lowers all learning rates, the tables' too, to zero at the end; a single pass ends better calibrated so.
+    warmup_steps: int = 0
+    """Steps over which all learning rates, the tables' too, rise in a straight line; 0 starts with the whole rates."""
+    warmup_start: float = 0.1
+    """Share of the rates at the first of them."""
+    learning_rate_decay: Literal["none", "linear", "cosine", "plateau"] = "none"
+    """linear lowers all learning rates, the tables' too, to zero at the end, from the end of the warm-up on; a single pass ends
+    better calibrated so. cosine does the same along half a cosine.
     plateau divides them by ten, not below 1e-6, at every evaluation that brings no better ``monitor``."""
+    accumulate_batches: int = 1
+    """Batches that make one optimizer step. Their gradients are added up, weighed so that the step is that of one batch as large as all
+    of them; layers that normalize over a batch still see one at a time."""
+    ema_decay: float = 0.0
+    """Of a running average of the dense weights, at most (1 + t) / (10 + t) at step t; the average is what is evaluated and kept as the
+    model. Tables are not averaged. 0 keeps none."""
     log_every_steps: int = 50
     """Steps between two records of the loss."""
     evaluate_every_steps: int = 0
@@ -608,6 +619,8 @@ class LoopConfig:
     def __post_init__(self) -> None:
         for name, least in (
             ("max_steps", 0),
+            ("warmup_steps", 0),
+            ("accumulate_batches", 1),
             ("log_every_steps", 1),
             ("evaluate_every_steps", 0),
             ("stop_after_evaluations", 0),
@@ -615,6 +628,16 @@ class LoopConfig:
             ("keep_checkpoints", 1),
         ):
             check_at_least(name, getattr(self, name), least)
+        if not 0 <= self.ema_decay < 1:
+            raise ConfigError("ema_decay", expected="a number in [0, 1)", received=self.ema_decay)
+        if not 0 < self.warmup_start < 1:
+            raise ConfigError("warmup_start", expected="a share in (0, 1)", received=self.warmup_start)
+        if not self.warmup_steps and self.warmup_start != LoopConfig.warmup_start:
+            fix = "set warmup_steps, or take warmup_start out"
+            raise ConfigError("warmup_steps", expected="a number >= 1 with warmup_start", received=0, fix=fix)
+        if 0 < self.max_steps <= self.warmup_steps:
+            fix = "shorten the warm-up, or train longer"
+            raise ConfigError("warmup_steps", expected=f"fewer than max_steps, {self.max_steps}", received=self.warmup_steps, fix=fix)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -759,6 +782,7 @@ def _problems(config: ExperimentConfig) -> Iterator[MlenvError]:
         yield ConfigError("checks.may_drift", expected="features of the schema", received=feature, fix=nearest(feature, schema.features))
     yield from _monitor_problems(config)
     yield from _table_optimizer_problems(config)
+    yield from _accumulation_problems(config)
     if config.embeddings.engine == "torchrec":
         for name, table in schema.tables.items():
             if table.embedding_dim % 4:
@@ -829,11 +853,33 @@ def _table_optimizer_problems(config: ExperimentConfig) -> Iterator[MlenvError]:
         yield ConfigError(f"embeddings.tables.{name}", expected="a table of schema.tables", received=name, fix=nearest(name, tables))
     if embeddings.engine != "torchrec":
         return
-    keys = {"embeddings.optimizer": embeddings.optimizer}
-    keys |= {f"embeddings.tables.{name}.optimizer": table.optimizer for name, table in embeddings.tables.items() if table.optimizer}
-    for key in (key for key, optimizer in keys.items() if optimizer == "adam"):
-        expected = "row_wise_adagrad or sgd, because TorchRec has no Adam on a CPU, and on a GPU one that skips the rows without a gradient"
-        yield ConfigError(key, expected=expected, received="adam", fix="set embeddings.engine to torch")
+    named: dict[str, EmbeddingsConfig | TableConfig] = {"embeddings": embeddings}
+    named |= {f"embeddings.tables.{name}": table for name, table in embeddings.tables.items()}
+    fix = "set embeddings.engine to torch"
+    for key, options in named.items():
+        if options.optimizer == "adam":
+            expected = "row_wise_adagrad or sgd, because TorchRec has no Adam on a CPU, and on a GPU one that skips rows without a gradient"
+            yield ConfigError(f"{key}.optimizer", expected=expected, received="adam", fix=fix)
+        if options.weight_decay:
+            expected = "0, because fbgemm's fused update on a CPU leaves the decay out"
+            yield ConfigError(f"{key}.weight_decay", expected=expected, received=options.weight_decay, fix=fix)
+
+
+def _accumulation_problems(config: ExperimentConfig) -> Iterator[MlenvError]:
+    """What would make several small batches another step than one large batch."""
+    if config.loop.accumulate_batches == 1:
+        return
+    objective = config.objective
+    reasons = {
+        "embeddings.engine=torchrec updates its tables in every backward pass": config.embeddings.engine == "torchrec",
+        "objective.balance weighs the tasks anew in every backward pass": objective.balance is not None,
+        "objective.distillation is a mean over other weights than those of the labels": objective.distillation is not None,
+        "a loss that compares the rows of a request is no mean over rows": objective.reads_requests,
+    }
+    for reason in (reason for reason, holds in reasons.items() if holds):
+        fix = "raise data.batch_size instead"
+        received = config.loop.accumulate_batches
+        yield ConfigError("loop.accumulate_batches", expected=f"1, because {reason}", received=received, fix=fix)
 
 
 def _objective_problems(objective: ObjectiveConfig, schema: Schema) -> Iterator[MlenvError]:
@@ -856,7 +902,9 @@ def _monitor_problems(config: ExperimentConfig) -> Iterator[MlenvError]:
     if not loop.monitor:
         fix = f"set loop.monitor, for example to {tasks[0]}/auc" if tasks else "set loop.monitor"
         if loop.learning_rate_decay == "plateau":
-            yield ConfigError("loop.learning_rate_decay", expected="none or linear without loop.monitor", received="plateau", fix=fix)
+            yield ConfigError(
+                "loop.learning_rate_decay", expected="none, linear or cosine without loop.monitor", received="plateau", fix=fix
+            )
         if loop.stop_after_evaluations:
             received = loop.stop_after_evaluations
             yield ConfigError("loop.stop_after_evaluations", expected="0 without loop.monitor", received=received, fix=fix)

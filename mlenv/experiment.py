@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import logging
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -25,12 +26,13 @@ from mlenv.kinds import kind_of
 from mlenv.loops.calibration import CALIBRATORS_FILE, Calibrator, calibrators_from_json, calibrators_to_json, fit_calibrators
 from mlenv.loops.checkpoint import add_document, list_checkpoints, load_tensors, read_document, verify
 from mlenv.loops.evaluate import evaluate, score
-from mlenv.loops.learning_rate import LearningRates, linear_decay, plateau_decay
+from mlenv.loops.learning_rate import LearningRates, schedule_of
 from mlenv.loops.optimizers import build_table_optimizers, dense_parameters, options_of_tables
 from mlenv.loops.sharding import shard
 from mlenv.loops.train_step import EagerStep
 from mlenv.loops.training_run import BEST_FOLDER, CHECKPOINT_FOLDER, CONFIG, RunOptions, TrainingRun
 from mlenv.loops.training_state import model_tensors, optimizer_tensors, parameter_names
+from mlenv.loops.weight_average import WeightAverage
 from mlenv.modules import ENGINES, NumericNormalization, Objective, gate_gauges
 from mlenv.modules.distillation import Teach
 from mlenv.schema import Schema
@@ -122,16 +124,25 @@ class Experiment:
         """One step of training."""
         whole_tables = [table for table, options in options_of_tables(self.model, self.config.embeddings) if options.optimizer == "adam"]
         clip = [*self._dense_parameters, *whole_tables], self.config.optimizer.gradient_clip_norm
-        decay, rates = self.config.loop.learning_rate_decay, None
-        if decay != "none":
-            schedule = linear_decay(self.total_steps) if decay == "linear" else plateau_decay
+        rates, schedule = None, schedule_of(self.config.loop, self.total_steps)
+        if schedule is not None:
             rates = LearningRates(self.optimizers, getattr(self.model, "fused_optimizer", None), schedule)
-        return EagerStep(self.fabric, self.model, self.optimizers, self.objective, clip, rates)
+        accumulated = self.config.loop.accumulate_batches
+        return EagerStep(self.fabric, self.model, self.optimizers, self.objective, clip, rates, self.average, accumulated)
+
+    @cached_property
+    def average(self) -> WeightAverage | None:
+        """The average of the model's dense parameters; None without ``loop.ema_decay``."""
+        if not self.config.loop.ema_decay:
+            return None
+        averaged = {id(parameter) for parameter in dense_parameters(self.model)}
+        parameters = {name: parameter for name, parameter in self.model.named_parameters() if id(parameter) in averaged}
+        return WeightAverage(parameters, self.config.loop.ema_decay)
 
     @cached_property
     def total_steps(self) -> int:
         """Steps of the whole training."""
-        available, wanted = self.source("train").num_batches, self.config.loop.max_steps
+        available, wanted = -(-self.source("train").num_batches // self.config.loop.accumulate_batches), self.config.loop.max_steps
         return min(available, wanted) if wanted else available
 
     @cached_property
@@ -179,7 +190,8 @@ class Experiment:
         return self._sources[split]
 
     def load(self) -> Path:
-        """Loads a checkpoint into the model, for evaluation, and returns it: the best with ``loop.monitor``, else the newest.
+        """Loads a checkpoint into the model, for evaluation, and returns it: the best with ``loop.monitor``, else the newest. With
+        ``loop.ema_decay`` the model has the averaged weights then.
 
         Raises:
             CheckpointError: there is none, it is damaged, or it belongs to another schema or model.
@@ -293,7 +305,8 @@ class Experiment:
     def _tensors(self) -> dict[str, Any]:
         objective = {f"objective.{name}": tensor for name, tensor in self.objective.state_dict().items()}
         names = parameter_names(self.model, self.objective)
-        return {**model_tensors(self.model), **objective, **optimizer_tensors(self.model, names, self.optimizers)}
+        averaged = {} if self.average is None else self.average.tensors()
+        return {**model_tensors(self.model), **averaged, **objective, **optimizer_tensors(self.model, names, self.optimizers)}
 
     def _gauges(self) -> dict[str, float]:
         return {**self.objective.gauges(), **gate_gauges(self.model)}
@@ -307,7 +320,8 @@ class Experiment:
                 reader.close()
 
     def _validate(self) -> dict[str, float]:
-        return evaluate(self.model, self.source("validation")).metrics
+        with nullcontext() if self.average is None else self.average.in_place():
+            return evaluate(self.model, self.source("validation")).metrics
 
     def _read_calibrators(self, checkpoint: Path) -> dict[str, Calibrator]:
         configs = self.config.calibration
@@ -340,7 +354,7 @@ class Experiment:
         self._check_schema(checkpoint, saved)
         before, now = _flat(saved), _flat(to_plain(self.config))
         loop, taught = self.config.loop, self.config.objective.distillation
-        follows_length = loop.learning_rate_decay == "linear" or (taught is not None and taught.final_weight is not None)
+        follows_length = loop.learning_rate_decay in ("linear", "cosine") or (taught is not None and taught.final_weight is not None)
         may_change = _MAY_CHANGE + (() if follows_length else _LENGTH) + (() if loop.monitor else _VALIDATION)
         changed = [
             f"{key}: {before.get(key)!r} became {now.get(key)!r}"

@@ -142,7 +142,16 @@ def test_an_optimizer_without_a_kind_is_adamw_and_another_kind_starts_afresh(con
         ("calibration.click={kind: logistic, segments: [a], ridge: 0}", "calibration.click.ridge: expected a number > 0"),
         ("calibration.click={kind: logistic, segments: [place]}", "calibration.click.segments: expected columns of schema.segments"),
         ("loop.monitor=click/auc", "loop.monitor: expected no monitor without data.validation"),
-        ("loop.learning_rate_decay=plateau", "loop.learning_rate_decay: expected none or linear without loop.monitor"),
+        ("loop.learning_rate_decay=plateau", "loop.learning_rate_decay: expected none, linear or cosine without loop.monitor"),
+        ("loop.warmup_start=0.5", "loop.warmup_steps: expected a number >= 1 with warmup_start"),
+        ("loop={warmup_steps: 5, warmup_start: 0}", "loop.warmup_start: expected a share in (0, 1)"),
+        ("loop={warmup_steps: 5, max_steps: 5}", "loop.warmup_steps: expected fewer than max_steps, 5"),
+        ("loop.accumulate_batches=0", "loop.accumulate_batches: expected a number >= 1"),
+        ("loop.accumulate_batches=2 embeddings.engine=torchrec", "accumulate_batches: expected 1, because embeddings.engine"),
+        ("loop.accumulate_batches=2 objective.balance.kind=pcgrad", "expected 1, because objective.balance weighs the tasks"),
+        ("loop.accumulate_batches=2 objective.distillation.weight=2", "expected 1, because objective.distillation is a mean"),
+        ("loop.accumulate_batches=2 objective.losses.click.kind=listwise", "expected 1, because a loss that compares"),
+        ("loop.ema_decay=1", "loop.ema_decay: expected a number in [0, 1)"),
         (
             "loop.stop_after_evaluations=2",
             "loop.stop_after_evaluations: expected 0 without loop.monitor.",
@@ -161,6 +170,8 @@ def test_an_optimizer_without_a_kind_is_adamw_and_another_kind_starts_afresh(con
             "embeddings={engine: torchrec, tables: {item: {optimizer: adam, learning_rate: 0.1}}}",
             "embeddings.tables.item.optimizer: expected row_wise_adagrad or sgd, because TorchRec has no Adam on a CPU",
         ),
+        ("embeddings={engine: torchrec, weight_decay: 0.1}", "embeddings.weight_decay: expected 0, because fbgemm's fused update on a CPU"),
+        ("embeddings={engine: torchrec, tables: {item: {weight_decay: 0.1}}}", "embeddings.tables.item.weight_decay: expected 0, because"),
         ("embeddings.tables.itm.learning_rate=0.1", "embeddings.tables.itm: expected a table of schema.tables"),
         ("embeddings.tables.item.learning_rate=0", "embeddings.tables.item.learning_rate: expected a number > 0"),
         ("embeddings.tables.item.optimizer=sgd", "embeddings.tables.item.learning_rate: expected a number, because sgd takes another rate"),
@@ -177,7 +188,7 @@ def test_an_optimizer_without_a_kind_is_adamw_and_another_kind_starts_afresh(con
 )
 def test_contradictions_are_refused(control, override, message):
     with pytest.raises((Problems, ConfigError)) as caught:
-        compose(control, [override])
+        compose(control, [override] if "{" in override else override.split())
     assert message in str(caught.value)
 
 

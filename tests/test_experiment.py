@@ -195,10 +195,10 @@ def test_both_engines_have_the_same_curve_and_read_each_others_checkpoints(demo_
 @pytest.mark.parametrize(
     "settings",
     [
-        ["embeddings.tables={item: {learning_rate: 0.03, eps: 0.1}, user: {optimizer: sgd, learning_rate: 20}}"],
+        ["embeddings.tables={item: {learning_rate: 0.03, eps: 0.001}, user: {optimizer: sgd, learning_rate: 20}}"],
         [
             *("embeddings.optimizer=sgd", "embeddings.learning_rate=10"),
-            "embeddings.tables={item: {learning_rate: 30}, user: {optimizer: row_wise_adagrad, learning_rate: 0.1, weight_decay: 0.01}}",
+            "embeddings.tables={item: {learning_rate: 30}, user: {optimizer: row_wise_adagrad, learning_rate: 0.1}}",
         ],
     ],
     ids=["row_wise_adagrad", "sgd"],
