@@ -375,8 +375,11 @@ class TableConfig:
     optimizer: TableOptimizer | None = None
     """With another optimizer than that of ``embeddings`` the learning rate must be named, because rates do not carry over."""
     learning_rate: float | None = None
+    """Before warm-up and decay."""
     eps: float | None = None
+    """See ``embeddings.eps``; sgd takes none."""
     weight_decay: float | None = None
+    """See ``embeddings.weight_decay``; 0 spares the table where others have a penalty."""
 
     def __post_init__(self) -> None:
         if self.learning_rate is not None:
