@@ -1,13 +1,15 @@
-"""Optimizers: row-wise Adagrad or Adam for embedding tables, Adam for everything else."""
+"""Optimizers of plain embedding tables, each table by its own; which parameters are left for the dense optimizer."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mlenv.config import EmbeddingsConfig, OptimizerConfig
+from mlenv.config import EmbeddingsConfig
+from mlenv.loops.dense_optimizers import with_adam_state
 from mlenv.modules.embeddings import TorchEmbeddings
 
 
@@ -21,8 +23,12 @@ class RowWiseAdagrad(torch.optim.Optimizer):
     Models", ISCA 2022, arXiv:2104.05158, section 4.1.
     """
 
-    def __init__(self, tables: Iterable[Tensor], config: EmbeddingsConfig) -> None:
-        super().__init__(tables, {"lr": config.learning_rate, "eps": config.eps, "weight_decay": config.weight_decay})
+    def __init__(self, groups: list[dict[str, Any]]) -> None:
+        """
+        Args:
+            groups: with ``params``, the tables, ``lr``, ``eps`` and ``weight_decay``.
+        """
+        super().__init__(groups, {})
         for table in (table for group in self.param_groups for table in group["params"]):
             self.state[table]["sum"] = torch.zeros(table.shape[0], device=table.device)
 
@@ -54,32 +60,30 @@ def dense_parameters(model: nn.Module) -> list[nn.Parameter]:
     ]
 
 
-def build_adam(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
-    """Adam over dense parameters, with its state in place from the start, so that a checkpoint always has the same tensors."""
-    matrices: list[nn.Parameter] = []
-    vectors: list[nn.Parameter] = []
-    for parameter in parameters:
-        (matrices if parameter.ndim > 1 else vectors).append(parameter)
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    adam = torch.optim.AdamW([group for group in groups if group["params"]], lr=config.learning_rate, fused=True)
-    _fill_state(adam, matrices + vectors)
-    return adam
+def options_of_tables(model: nn.Module, config: EmbeddingsConfig) -> list[tuple[Tensor, EmbeddingsConfig]]:
+    """Plain tables, each with the options that it is trained by; a table of the model's own is not named, so it has those of all."""
+    embeddings = [module for module in model.modules() if isinstance(module, TorchEmbeddings)]
+    names = {id(table.weight): name for module in embeddings for name, table in module.tables.items()}
+    return [(table, config.of(names.get(id(table), ""))) for table in plain_tables(model)]
 
 
-def build_table_optimizer(tables: list[Tensor], config: EmbeddingsConfig) -> torch.optim.Optimizer:
-    """The optimizer of plain tables; like ``build_adam`` with its state in place.
+def build_table_optimizers(tables: Iterable[tuple[Tensor, EmbeddingsConfig]]) -> list[torch.optim.Optimizer]:
+    """The optimizers of plain tables, at most one of a kind, with their state in place from the start.
 
     Adam here is that of Kingma and Ba (2015) with the penalty ``weight_decay / 2 * squared norm of the whole tables``: its gradient
-    goes through the moments, unlike the decoupled decay of the dense parameters.
+    goes through the moments, unlike the decoupled decay of AdamW. SGD has no state and touches the rows that a step looked up.
     """
-    if config.optimizer == "row_wise_adagrad":
-        return RowWiseAdagrad(tables, config)
-    adam = torch.optim.Adam(tables, lr=config.learning_rate, eps=config.eps, weight_decay=config.weight_decay, fused=True)
-    _fill_state(adam, tables)
-    return adam
+    kinds: dict[str, dict[tuple[float, ...], dict[str, Any]]] = {}
+    for table, options in tables:
+        groups = kinds.setdefault(options.optimizer, {})
+        group = {"params": [], "lr": options.learning_rate, "eps": options.eps, "weight_decay": options.weight_decay}
+        groups.setdefault((options.learning_rate, options.eps, options.weight_decay), group)["params"].append(table)
+    return [_build(kind, list(groups.values())) for kind, groups in kinds.items()]
 
 
-def _fill_state(adam: torch.optim.Optimizer, parameters: Iterable[Tensor]) -> None:
-    for parameter in parameters:
-        zeros = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-        adam.state[parameter] = {"step": torch.zeros((), device=parameter.device), "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
+def _build(kind: str, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    if kind == "row_wise_adagrad":
+        return RowWiseAdagrad(groups)
+    if kind == "sgd":
+        return torch.optim.SGD(groups)
+    return with_adam_state(torch.optim.Adam(groups, fused=True))

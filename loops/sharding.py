@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 def shard(model: nn.Module, config: EmbeddingsConfig, device: torch.device, seed: int) -> nn.Module:
-    """Gives the model's TorchRec tables a place, memory, initial rows and a fused row-wise Adagrad.
+    """Gives the model's TorchRec tables a place, memory, initial rows and a fused optimizer.
 
     One process goes the same way as many. A process group is started when there is none.
     """
@@ -34,17 +34,21 @@ def shard(model: nn.Module, config: EmbeddingsConfig, device: torch.device, seed
     from torchrec.distributed.embedding_types import EmbeddingComputeKernel
     from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
     from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
-    from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
+    from torchrec.optim import SGD, RowWiseAdagrad
 
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=HashStore())
-    options = {"lr": config.learning_rate, "eps": config.eps, "weight_decay": config.weight_decay}
     constraints = {}
     for module in model.modules():
         if isinstance(module, (EmbeddingBagCollection, EmbeddingCollection)):
-            apply_optimizer_in_backward(RowWiseAdagrad, module.parameters(), options)
+            for name, parameter in module.named_parameters():
+                own = config.of(table_of(name))
+                options = {"lr": own.learning_rate}
+                if own.optimizer == "row_wise_adagrad":
+                    options["eps"] = own.eps
+                apply_optimizer_in_backward(RowWiseAdagrad if own.optimizer == "row_wise_adagrad" else SGD, [parameter], options)
             for table in module.embedding_bag_configs() if isinstance(module, EmbeddingBagCollection) else module.embedding_configs():
-                wanted = config.sharding.get(table.name)
+                wanted = config.of(table.name).sharding
                 constraints[table.name] = ParameterConstraints(
                     sharding_types=[wanted] if wanted else _sharding_types(table.num_embeddings),
                     compute_kernels=[EmbeddingComputeKernel.FUSED.value],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -14,6 +15,7 @@ from mlenv.batch import Batch, Position
 from mlenv.errors import ConfigError
 from mlenv.loops.learning_rate import LearningRates
 from mlenv.loops.ranks import Shares, average_gradients, summed, world_size
+from mlenv.loops.weight_average import WeightAverage
 from mlenv.modules.objective import Losses, Objective
 
 if TYPE_CHECKING:
@@ -43,15 +45,18 @@ class TrainStep(Protocol):
 
 
 class EagerStep:
-    """The plain step: one batch at a time, nothing overlapped.
+    """The plain step: nothing overlapped.
 
     Args:
-        optimizers: each is stepped after every backward pass; tables with a fused optimizer need none.
+        optimizers: each is stepped after the backward pass; tables with a fused optimizer need none.
         objective: what the logits are measured by; its own parameters are among those of the optimizers.
         clip: parameters whose joint gradient norm is limited, and the limit; no limit at 0.
         rates: sets the learning rates of all optimizers; None keeps them.
         shares: rows of each rank. One that has no more goes on with empty batches until all have trained on theirs.
         filler: an empty batch.
+        average: follows the weights; None where there is none.
+        num_batches: batches whose gradients are added up before the update, each weighed by its share of the weights, so that
+            losses that are weighted means over rows have the gradient of one large batch. The last step takes what is left.
     """
 
     def __init__(
@@ -64,27 +69,25 @@ class EagerStep:
         rates: LearningRates | None,
         shares: Shares,
         filler: Batch,
+        average: WeightAverage | None = None,
+        num_batches: int = 1,
     ) -> None:
         self._fabric, self._model, self._optimizers = fabric, model, optimizers
         self._objective, self._clip, self._rates = objective, clip, rates
         self._shares, self._filler = shares, filler
+        self._average, self._num_batches = average, num_batches
 
     def advance(self, batches: Iterator[Batch], progress: Progress) -> StepOutput | None:
-        """Trains on the next batch; None when no rank has one."""
-        batch = next(batches, None)
-        if batch is None:
+        """Trains on the next batch, or the next few; None when no rank has one."""
+        group = list(islice(batches, self._num_batches))
+        if not group:
             if progress.step >= self._shares.num_steps:
                 return None
-            batch = replace(self._filler, position=progress.position)
-        batch = batch.to(self._fabric.device, non_blocking=True)
+            group = [replace(self._filler, position=progress.position)]
         self._model.train()
         if self._rates is not None:
             self._rates.follow(progress)
-        with self._fabric.autocast():
-            logits = self._model(batch)
-        check_logits(logits, batch)
-        losses = self._objective(logits, batch)
-        self._objective.backward(over_all_ranks(losses, batch), self._fabric.backward)
+        output = self._gradients(group, progress)
         average_gradients(self._objective.parameters())
         parameters, norm = self._clip
         if norm:
@@ -92,14 +95,41 @@ class EagerStep:
         for optimizer in self._optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        return StepOutput(self._shares.examples(progress.step), batch.position, losses.terms, losses.weights)
+        if self._average is not None:
+            self._average.follow(progress.step)
+        return output
+
+    def _gradients(self, group: list[Batch], progress: Progress) -> StepOutput:
+        """Leaves the gradients of all batches in the parameters."""
+        num_examples = sum(map(len, group)) if world_size() == 1 else self._shares.examples(progress.step)
+        if len(group) == 1:
+            losses = self._losses(group[0])
+            self._objective.backward(over_all_ranks(losses, group[0]), self._fabric.backward)
+            return StepOutput(num_examples, group[0].position, losses.terms, losses.weights)
+        weights = torch.stack([batch.weights.sum(0) for batch in group])  # on the host, where the batches come from
+        total = weights.sum(0)
+        shares = weights / total.masked_fill(total == 0, 1)
+        terms = torch.zeros_like(total, device=self._fabric.device)
+        for batch, share in zip(group, shares.to(self._fabric.device), strict=True):
+            losses = self._losses(batch)
+            self._objective.backward(replace(losses, tasks=losses.tasks * share), self._fabric.backward)
+            terms += losses.terms * share
+        return StepOutput(num_examples, group[-1].position, terms, total.to(self._fabric.device))
+
+    def _losses(self, batch: Batch) -> Losses:
+        batch = batch.to(self._fabric.device, non_blocking=True)
+        with self._fabric.autocast():
+            logits = self._model(batch)
+        check_logits(logits, batch)
+        losses: Losses = self._objective(logits, batch)
+        return losses
 
 
 def over_all_ranks(losses: Losses, batch: Batch) -> Losses:
     """Losses whose average over the ranks is the mean over the examples of all: those of a rank count by the weights of its labels."""
     if world_size() == 1:
         return losses
-    weights = batch.weights.sum(0)
+    weights = batch.weights.sum(0).to(losses.tasks.device)
     share = world_size() * weights / summed(weights)
     return replace(losses, tasks=losses.tasks * torch.nan_to_num(share))
 

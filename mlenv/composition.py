@@ -158,7 +158,10 @@ def _build(cls: type, node: object, key: str, problems: list[MlenvError]) -> Any
     values = {}
     for name, item in fields.items():
         if name in node:
-            values[name] = _value(hints[name], node[name], _join(key, name), item.metadata.get("kinds"), problems)
+            entry = node[name]
+            if item.metadata.get("default_kind") and isinstance(entry, Mapping):
+                entry = {"kind": item.metadata["default_kind"], **entry}
+            values[name] = _value(hints[name], entry, _join(key, name), item.metadata.get("kinds"), problems)
         elif item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING:
             problems.append(
                 ConfigError(_join(key, name), expected="a value, it has no default", received="nothing", fix=f"set {_join(key, name)}")

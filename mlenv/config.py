@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import importlib.util
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -10,13 +11,14 @@ from itertools import count, islice
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
 
-from mlenv.errors import ConfigError, MlenvError, Problems, check_above, check_at_least, nearest
+from mlenv.errors import ConfigError, MlenvError, Problems, check_above, check_at_least, nearest, placed_under
 from mlenv.kinds import class_of, kind_field, kind_of
 from mlenv.schema import Schema
 
 if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
+    import torch
     from numpy.typing import NDArray
     from torch import nn
 
@@ -382,49 +384,101 @@ class DataConfig:
             raise ConfigError("max_bad_row_groups", expected=expected, received=self.max_bad_row_groups)
 
 
+TableOptimizer = Literal["row_wise_adagrad", "adam", "sgd"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableConfig:
+    """How one table is trained where it is not trained like all others; what is null is taken from ``embeddings``."""
+
+    optimizer: TableOptimizer | None = None
+    """With another optimizer than that of ``embeddings`` the learning rate must be named, because rates do not carry over."""
+    learning_rate: float | None = None
+    """Before warm-up and decay."""
+    eps: float | None = None
+    """See ``embeddings.eps``; sgd takes none."""
+    weight_decay: float | None = None
+    """See ``embeddings.weight_decay``; 0 spares the table where others have a penalty."""
+    sharding: Literal["table_wise", "row_wise", "column_wise"] | None = None
+    """How the engine torchrec divides the table over processes; null leaves it to TorchRec's planner."""
+
+    def __post_init__(self) -> None:
+        if self.learning_rate is not None:
+            check_above("learning_rate", self.learning_rate, 0)
+        for name in ("eps", "weight_decay"):
+            if getattr(self, name) is not None:
+                check_at_least(name, getattr(self, name), 0)
+
+
 @dataclass(frozen=True, kw_only=True)
 class EmbeddingsConfig:
     """Which engine holds the tables. Both have the same table names, logits and training curve."""
 
     engine: Literal["torch", "torchrec"] = "torch"
     """torch: plain tables, everywhere, exportable; torchrec: fused update and sharding over ranks."""
-    optimizer: Literal["row_wise_adagrad", "adam"] = "row_wise_adagrad"
-    """row_wise_adagrad touches the rows that a step looks up; adam every row at every step, which only small tables can afford."""
+    optimizer: TableOptimizer = "row_wise_adagrad"
+    """row_wise_adagrad and sgd touch the rows that a step looks up; adam every row at every step, which only small tables can afford."""
     init_std: float = 0.01
     """Standard deviation of the initial rows, normal around zero."""
     learning_rate: float = 0.02
-    """Of row-wise Adagrad, which keeps one accumulator per row (Duchi et al. 2011; Mudigere et al. 2022, arXiv:2104.05158), or of Adam."""
+    """Of row-wise Adagrad, which keeps one accumulator per row (Duchi et al. 2011; Mudigere et al. 2022, arXiv:2104.05158), of Adam
+    or of plain gradient descent."""
     eps: float = 1e-8
-    """Added to the root of the accumulator, or of Adam's second moment."""
+    """Added to the root of the accumulator, or of Adam's second moment; sgd has none."""
     weight_decay: float = 0.0
-    """L2 penalty: this times a row is added to its gradient; of the rows that a step looks up, under adam of all rows."""
-    sharding: dict[str, str] = field(default_factory=dict)
-    """By table, how the engine torchrec divides it over processes: table_wise, row_wise or column_wise; its planner decides about
-    tables that are not named."""
+    """L2 penalty: this times a row is added to its gradient; of the rows that a step looks up, under adam of all rows; sgd has none."""
+    sharding: Literal["table_wise", "row_wise", "column_wise"] | None = None
+    """How the engine torchrec divides tables over processes; null leaves it to TorchRec's planner."""
+    tables: dict[str, TableConfig] = field(default_factory=dict)
+    """What is different for a table, by its name in ``schema.tables``."""
 
     def __post_init__(self) -> None:
         check_above("learning_rate", self.learning_rate, 0)
         for name in ("init_std", "eps", "weight_decay"):
             check_at_least(name, getattr(self, name), 0)
-        for table, kind in self.sharding.items():
-            if kind not in (kinds := ("table_wise", "row_wise", "column_wise")):
-                raise ConfigError(f"sharding.{table}", expected=f"one of {kinds}", received=kind, fix=nearest(kind, kinds))
+        if self.optimizer == "sgd" and self.weight_decay:
+            raise ConfigError("weight_decay", expected="0 under sgd", received=self.weight_decay)
+        for name, table in self.tables.items():
+            other = table.optimizer not in (None, self.optimizer)
+            if other and table.learning_rate is None:
+                expected = f"a number, because {table.optimizer} takes another rate than {self.optimizer}"
+                raise ConfigError(f"tables.{name}.learning_rate", expected=expected, received=None)
+            with placed_under(f"tables.{name}"):
+                if self.of(name).optimizer == "sgd" and table.eps is not None:
+                    raise ConfigError("eps", expected="null, because sgd has none", received=table.eps)
+
+    def of(self, table: str) -> EmbeddingsConfig:
+        """The same with what is different for a table in place, and without a word about others."""
+        different = dataclasses.asdict(self.tables.get(table, TableConfig()))
+        return replace(self, tables={}, **{name: value for name, value in different.items() if value is not None})
 
 
-@dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """Adam (Kingma and Ba 2015) with decoupled weight decay (Loshchilov and Hutter 2019), for all that is not an embedding table."""
+class OptimizerConfig(Protocol):
+    """Builds the optimizer of all that is not an embedding table, with its state in place from the start."""
 
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.0
-    """Decay per step in units of the learning rate; biases and normalizations are spared."""
-    gradient_clip_norm: float = 0.0
-    """Largest norm of the gradient of the dense parameters, and of tables under Adam with them; 0 does not clip."""
+    @property
+    def learning_rate(self) -> float:
+        """Before warm-up and decay."""
 
-    def __post_init__(self) -> None:
-        check_above("learning_rate", self.learning_rate, 0)
-        for name in ("weight_decay", "gradient_clip_norm"):
-            check_at_least(name, getattr(self, name), 0)
+    @property
+    def gradient_clip_norm(self) -> float:
+        """Largest norm of the gradient of the dense parameters, and of tables under Adam with them; 0 does not clip."""
+
+    def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer: ...
+
+
+OPTIMIZERS: dict[str, type | str] = {
+    "adam": "mlenv.loops.dense_optimizers:AdamConfig",
+    "adamw": "mlenv.loops.dense_optimizers:AdamWConfig",
+    "lion": "mlenv.loops.lion:LionConfig",
+    "sgd": "mlenv.loops.dense_optimizers:SGDConfig",
+}
+"""Optimizers by the name that ``optimizer.kind`` takes."""
+
+
+def _adamw() -> OptimizerConfig:
+    config: OptimizerConfig = class_of("adamw", OPTIMIZERS, "optimizer")()
+    return config
 
 
 class LossConfig(Protocol):
@@ -557,9 +611,20 @@ class LoopConfig:
 
     max_steps: int = 0
     """Optimizer steps; 0 trains to the end of ``data.num_epochs``."""
-    learning_rate_decay: Literal["none", "linear", "plateau"] = "none"
-    """linear lowers all learning rates, the tables' too, to zero at the end; a single pass ends better calibrated so.
+    warmup_steps: int = 0
+    """Steps over which all learning rates, the tables' too, rise in a straight line; 0 starts with the whole rates."""
+    warmup_start: float = 0.1
+    """Share of the rates at the first of them."""
+    learning_rate_decay: Literal["none", "linear", "cosine", "plateau"] = "none"
+    """linear lowers all learning rates, the tables' too, to zero at the end, from the end of the warm-up on; a single pass ends
+    better calibrated so. cosine does the same along half a cosine.
     plateau divides them by ten, not below 1e-6, at every evaluation that brings no better ``monitor``."""
+    accumulate_batches: int = 1
+    """Batches that make one optimizer step. Their gradients are added up, weighed so that the step is that of one batch as large as all
+    of them; layers that normalize over a batch still see one at a time."""
+    ema_decay: float = 0.0
+    """Of a running average of the dense weights, at most (1 + t) / (10 + t) at step t; the average is what is evaluated and kept as the
+    model. Tables are not averaged. 0 keeps none."""
     log_every_steps: int = 50
     """Steps between two records of the loss."""
     evaluate_every_steps: int = 0
@@ -580,6 +645,8 @@ class LoopConfig:
     def __post_init__(self) -> None:
         for name, least in (
             ("max_steps", 0),
+            ("warmup_steps", 0),
+            ("accumulate_batches", 1),
             ("log_every_steps", 1),
             ("evaluate_every_steps", 0),
             ("stop_after_evaluations", 0),
@@ -587,6 +654,16 @@ class LoopConfig:
             ("keep_checkpoints", 1),
         ):
             check_at_least(name, getattr(self, name), least)
+        if not 0 <= self.ema_decay < 1:
+            raise ConfigError("ema_decay", expected="a number in [0, 1)", received=self.ema_decay)
+        if not 0 < self.warmup_start < 1:
+            raise ConfigError("warmup_start", expected="a share in (0, 1)", received=self.warmup_start)
+        if not self.warmup_steps and self.warmup_start != LoopConfig.warmup_start:
+            fix = "set warmup_steps, or take warmup_start out"
+            raise ConfigError("warmup_steps", expected="a number >= 1 with warmup_start", received=0, fix=fix)
+        if 0 < self.max_steps <= self.warmup_steps:
+            fix = "shorten the warm-up, or train longer"
+            raise ConfigError("warmup_steps", expected=f"fewer than max_steps, {self.max_steps}", received=self.warmup_steps, fix=fix)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -703,7 +780,8 @@ class ExperimentConfig:
     data: DataConfig
     model: ModelConfig = kind_field(MODELS)
     embeddings: EmbeddingsConfig = EmbeddingsConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
+    optimizer: OptimizerConfig = kind_field(OPTIMIZERS, default_kind="adamw", default_factory=_adamw)
+    """Of all that is not an embedding table; AdamW where no kind is named."""
     objective: ObjectiveConfig = ObjectiveConfig()
     calibration: dict[str, CalibratorConfig] = kind_field(CALIBRATORS, default_factory=dict)
     """Corrects the predictions of a task, fitted on ``data.validation`` once the training has ended; a task that is not named
@@ -753,14 +831,9 @@ def _problems(config: ExperimentConfig) -> Iterator[MlenvError]:
     for feature in set(config.checks.may_drift) - set(schema.features):
         yield ConfigError("checks.may_drift", expected="features of the schema", received=feature, fix=nearest(feature, schema.features))
     yield from _monitor_problems(config)
+    yield from _table_optimizer_problems(config)
+    yield from _accumulation_problems(config)
     if config.embeddings.engine == "torchrec":
-        if config.embeddings.optimizer != "row_wise_adagrad":
-            yield ConfigError(
-                "embeddings.optimizer",
-                expected="row_wise_adagrad, the one optimizer of the engine torchrec",
-                received=config.embeddings.optimizer,
-                fix="set embeddings.engine to torch",
-            )
         for name, table in schema.tables.items():
             if table.embedding_dim % 4:
                 fix = "round it up, or set embeddings.engine to torch"
@@ -771,11 +844,6 @@ def _problems(config: ExperimentConfig) -> Iterator[MlenvError]:
             yield ConfigError("embeddings.engine", expected="torch, because the schema has no embedding table", received="torchrec")
     if not 0 <= config.seed < 2**63:
         yield ConfigError("seed", expected="an integer in [0, 2^63)", received=config.seed)
-    for name in config.embeddings.sharding:
-        if config.embeddings.engine != "torchrec":
-            yield ConfigError("embeddings.sharding", expected="nothing with the engine torch, which copies tables", received=name)
-        elif name not in schema.tables:
-            yield ConfigError("embeddings.sharding", expected="tables of the schema", received=name, fix=nearest(name, schema.tables))
     if config.embeddings.engine == "torchrec" and importlib.util.find_spec("torchrec") is None:
         fix = "pip install 'mlenv[torchrec]', or embeddings.engine=torch"
         yield ConfigError("embeddings.engine", expected="an engine that is installed", received="torchrec", fix=fix)
@@ -844,6 +912,47 @@ def _label_problems(config: ExperimentConfig, transform: LabelTransformConfig, k
         yield ConfigError("data.label_wait_days", expected=expected, received=data.label_wait_days, fix=fix)
 
 
+def _table_optimizer_problems(config: ExperimentConfig) -> Iterator[MlenvError]:
+    """Tables that are not there, and optimizers that TorchRec does not have."""
+    embeddings, tables = config.embeddings, config.schema.tables
+    for name in embeddings.tables.keys() - tables.keys():
+        yield ConfigError(f"embeddings.tables.{name}", expected="a table of schema.tables", received=name, fix=nearest(name, tables))
+    named: dict[str, EmbeddingsConfig | TableConfig] = {"embeddings": embeddings}
+    named |= {f"embeddings.tables.{name}": table for name, table in embeddings.tables.items()}
+    if embeddings.engine != "torchrec":
+        for key in (key for key, options in named.items() if options.sharding):
+            fix = "set embeddings.engine to torchrec"
+            yield ConfigError(
+                f"{key}.sharding", expected="null, because the engine torch copies tables", received=embeddings.engine, fix=fix
+            )
+        return
+    fix = "set embeddings.engine to torch"
+    for key, options in named.items():
+        if options.optimizer == "adam":
+            expected = "row_wise_adagrad or sgd, because TorchRec has no Adam on a CPU, and on a GPU one that skips rows without a gradient"
+            yield ConfigError(f"{key}.optimizer", expected=expected, received="adam", fix=fix)
+        if options.weight_decay:
+            expected = "0, because fbgemm's fused update on a CPU leaves the decay out"
+            yield ConfigError(f"{key}.weight_decay", expected=expected, received=options.weight_decay, fix=fix)
+
+
+def _accumulation_problems(config: ExperimentConfig) -> Iterator[MlenvError]:
+    """What would make several small batches another step than one large batch."""
+    if config.loop.accumulate_batches == 1:
+        return
+    objective = config.objective
+    reasons = {
+        "embeddings.engine=torchrec updates its tables in every backward pass": config.embeddings.engine == "torchrec",
+        "objective.balance weighs the tasks anew in every backward pass": objective.balance is not None,
+        "objective.distillation is a mean over other weights than those of the labels": objective.distillation is not None,
+        "a loss that compares the rows of a request is no mean over rows": objective.reads_requests,
+    }
+    for reason in (reason for reason, holds in reasons.items() if holds):
+        fix = "raise data.batch_size instead"
+        received = config.loop.accumulate_batches
+        yield ConfigError("loop.accumulate_batches", expected=f"1, because {reason}", received=received, fix=fix)
+
+
 def _objective_problems(objective: ObjectiveConfig, schema: Schema) -> Iterator[MlenvError]:
     for section, tasks in (("losses", objective.losses), ("task_weights", objective.task_weights)):
         for task in tasks.keys() - set(schema.tasks):
@@ -864,7 +973,9 @@ def _monitor_problems(config: ExperimentConfig) -> Iterator[MlenvError]:
     if not loop.monitor:
         fix = f"set loop.monitor, for example to {tasks[0]}/auc" if tasks else "set loop.monitor"
         if loop.learning_rate_decay == "plateau":
-            yield ConfigError("loop.learning_rate_decay", expected="none or linear without loop.monitor", received="plateau", fix=fix)
+            yield ConfigError(
+                "loop.learning_rate_decay", expected="none, linear or cosine without loop.monitor", received="plateau", fix=fix
+            )
         if loop.stop_after_evaluations:
             received = loop.stop_after_evaluations
             yield ConfigError("loop.stop_after_evaluations", expected="0 without loop.monitor", received=received, fix=fix)

@@ -6,6 +6,7 @@ import fcntl
 import json
 import logging
 import os
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -15,7 +16,7 @@ import torch
 import torch.distributed
 from lightning.fabric import Fabric
 from omegaconf import OmegaConf
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mlenv.batch import Extra, example_batch
@@ -27,13 +28,14 @@ from mlenv.kinds import kind_of
 from mlenv.loops.calibration import CALIBRATORS_FILE, Calibrator, calibrators_from_json, calibrators_to_json, fit_calibrators
 from mlenv.loops.checkpoint import add_document, list_checkpoints, load_tensors, read_document, verify
 from mlenv.loops.evaluate import evaluate, score
-from mlenv.loops.learning_rate import LearningRates, linear_decay, plateau_decay
-from mlenv.loops.optimizers import build_adam, build_table_optimizer, dense_parameters, plain_tables
+from mlenv.loops.learning_rate import LearningRates, schedule_of
+from mlenv.loops.optimizers import build_table_optimizers, dense_parameters, options_of_tables
 from mlenv.loops.ranks import Shares, all_ranks, is_main, join_group, rank, share, started_by_launcher, wait_for_all, world_size
 from mlenv.loops.sharding import shard
 from mlenv.loops.train_step import EagerStep
 from mlenv.loops.training_run import BEST_FOLDER, CHECKPOINT_FOLDER, CONFIG, RunOptions, TrainingRun
 from mlenv.loops.training_state import model_tensors, optimizer_tensors, parameter_names
+from mlenv.loops.weight_average import WeightAverage
 from mlenv.modules import ENGINES, NumericNormalization, Objective, gate_gauges
 from mlenv.modules.distillation import Teach
 from mlenv.schema import Schema
@@ -133,22 +135,37 @@ class Experiment:
     @cached_property
     def step(self) -> EagerStep:
         """One step of training."""
-        clipped: list[Tensor] = [*self._dense_parameters]
-        if self.config.embeddings.optimizer == "adam":
-            clipped += plain_tables(self.model)
-        clip = clipped, self.config.optimizer.gradient_clip_norm
-        decay, rates = self.config.loop.learning_rate_decay, None
-        if decay != "none":
-            schedule = linear_decay(self.total_steps) if decay == "linear" else plateau_decay
+        whole_tables = [table for table, options in options_of_tables(self.model, self.config.embeddings) if options.optimizer == "adam"]
+        clip = [*self._dense_parameters, *whole_tables], self.config.optimizer.gradient_clip_norm
+        rates, schedule = None, schedule_of(self.config.loop, self.total_steps)
+        if schedule is not None:
             rates = LearningRates(self.optimizers, getattr(self.model, "fused_optimizer", None), schedule)
+        accumulated = self.config.loop.accumulate_batches
+        if world_size() > 1 and accumulated > 1:
+            received = f"{accumulated} with {world_size()} processes"
+            raise ConfigError(
+                "loop.accumulate_batches", expected="1 with several processes", received=received, fix="train with more processes"
+            )
         empty = example_batch(self.schema, num_rows=0)
-        return EagerStep(self.fabric, self.model, self.optimizers, self.objective, clip, rates, self.shares, empty)
+        return EagerStep(
+            self.fabric, self.model, self.optimizers, self.objective, clip, rates, self.shares, empty, self.average, accumulated
+        )
 
     @cached_property
     def shares(self) -> Shares:
-        """How the training rows are divided over the processes."""
+        """How the training rows are divided over the processes and their steps."""
         rows = all_ranks((self.source("train").num_own_rows,))
-        return Shares(tuple(own for (own,) in rows), self.config.data.batch_size)
+        return Shares(tuple(own for (own,) in rows), self.config.data.batch_size * self.config.loop.accumulate_batches)
+
+    @cached_property
+    def average(self) -> WeightAverage | None:
+        """The average of the model's dense parameters; None without ``loop.ema_decay``."""
+        if not self.config.loop.ema_decay:
+            return None
+        averaged = {id(parameter) for parameter in dense_parameters(self.model)}
+        named = ((name.removeprefix("module."), parameter) for name, parameter in self.model.named_parameters())
+        parameters = {name: parameter for name, parameter in named if id(parameter) in averaged}
+        return WeightAverage(parameters, self.config.loop.ema_decay)
 
     @cached_property
     def total_steps(self) -> int:
@@ -156,10 +173,11 @@ class Experiment:
         available, wanted = self.shares.num_steps, self.config.loop.max_steps
         return min(available, wanted) if wanted else available
 
-    @property
+    @cached_property
     def optimizers(self) -> list[torch.optim.Optimizer]:
         """What updates the model after a backward pass; TorchRec's tables update themselves during it."""
-        return [self._adam] if self._table_optimizer is None else [self._adam, self._table_optimizer]
+        tables = options_of_tables(self.model, self.config.embeddings)
+        return [self.config.optimizer.build(self._dense_parameters), *build_table_optimizers(tables)]
 
     @cached_property
     def run(self) -> TrainingRun:
@@ -202,7 +220,8 @@ class Experiment:
         return self._sources[split]
 
     def load(self) -> Path:
-        """Loads a checkpoint into the model, for evaluation, and returns it: the best with ``loop.monitor``, else the newest.
+        """Loads a checkpoint into the model, for evaluation, and returns it: the best with ``loop.monitor``, else the newest. With
+        ``loop.ema_decay`` the model has the averaged weights then.
 
         Raises:
             CheckpointError: there is none, it is damaged, or it belongs to another schema or model.
@@ -314,22 +333,14 @@ class Experiment:
         )
 
     @cached_property
-    def _adam(self) -> torch.optim.Optimizer:
-        return build_adam(self._dense_parameters, self.config.optimizer)
-
-    @cached_property
     def _dense_parameters(self) -> list[nn.Parameter]:
         return [*dense_parameters(self.model), *self.objective.parameters()]
-
-    @cached_property
-    def _table_optimizer(self) -> torch.optim.Optimizer | None:
-        tables = plain_tables(self.model)
-        return build_table_optimizer(tables, self.config.embeddings) if tables else None
 
     def _tensors(self) -> dict[str, Any]:
         objective = {f"objective.{name}": tensor for name, tensor in self.objective.state_dict().items()}
         names = parameter_names(self.model, self.objective)
-        return {**model_tensors(self.model), **objective, **optimizer_tensors(self.model, names, self.optimizers)}
+        averaged = {} if self.average is None else self.average.tensors()
+        return {**model_tensors(self.model), **averaged, **objective, **optimizer_tensors(self.model, names, self.optimizers)}
 
     def _gauges(self) -> dict[str, float]:
         return {**self.objective.gauges(), **gate_gauges(self.model)}
@@ -347,7 +358,8 @@ class Experiment:
                 share(module.buffers())
 
     def _validate(self) -> dict[str, float]:
-        return evaluate(self.model, self.source("validation")).metrics
+        with nullcontext() if self.average is None else self.average.in_place():
+            return evaluate(self.model, self.source("validation")).metrics
 
     def _read_calibrators(self, checkpoint: Path) -> dict[str, Calibrator]:
         configs = self.config.calibration
@@ -380,7 +392,7 @@ class Experiment:
         self._check_schema(checkpoint, saved)
         before, now = _flat(saved), _flat(to_plain(self.config))
         loop, taught = self.config.loop, self.config.objective.distillation
-        follows_length = loop.learning_rate_decay == "linear" or (taught is not None and taught.final_weight is not None)
+        follows_length = loop.learning_rate_decay in ("linear", "cosine") or (taught is not None and taught.final_weight is not None)
         may_change = _MAY_CHANGE + (() if follows_length else _LENGTH) + (() if loop.monitor else _VALIDATION)
         changed = [
             f"{key}: {before.get(key)!r} became {now.get(key)!r}"

@@ -19,12 +19,13 @@ KindTable = Mapping[str, "type | str"]
 _IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
-def kind_field(table: KindTable, **options: Any) -> Any:
+def kind_field(table: KindTable, *, default_kind: str = "", **options: Any) -> Any:
     """A dataclass field whose class, or whose entries' classes, are chosen by the key ``kind`` from a table.
 
-    Works for ``Thing``, ``Thing | None``, ``tuple[Thing, ...]`` and ``dict[str, Thing]``.
+    Works for ``Thing``, ``Thing | None``, ``tuple[Thing, ...]`` and ``dict[str, Thing]``. ``default_kind`` is what a ``Thing``
+    without the key is; without it the key must be there.
     """
-    return dataclasses.field(metadata={"kinds": table}, **options)
+    return dataclasses.field(metadata={"kinds": table, "default_kind": default_kind}, **options)
 
 
 def class_of(kind: object, table: KindTable, key: str) -> type:

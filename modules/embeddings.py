@@ -76,12 +76,12 @@ class TorchEmbeddings(nn.Module):
     def __init__(self, schema: Schema, config: EmbeddingsConfig, seed: int) -> None:
         super().__init__()
         self.layout = EmbeddingLayout(schema)
-        self.is_sparse = config.optimizer == "row_wise_adagrad"
         self.tables = nn.ModuleDict()
         for name, table in schema.tables.items():
             weight = torch.empty(table.num_embeddings, table.embedding_dim)
             fill_initial_rows(weight, 0, name, config.init_std, seed)
-            self.tables[name] = nn.Embedding(table.num_embeddings, table.embedding_dim, sparse=self.is_sparse, _weight=weight)
+            is_sparse = config.of(name).optimizer != "adam"
+            self.tables[name] = nn.Embedding(table.num_embeddings, table.embedding_dim, sparse=is_sparse, _weight=weight)
 
     def forward(self, sparse: SparseFeatures) -> EmbeddedFeatures:
         """
@@ -101,10 +101,10 @@ class TorchEmbeddings(nn.Module):
             assert isinstance(table, nn.Embedding)
             weight = table.weight
             if key.group == "sequence":
-                values = functional.embedding(ids, weight, sparse=self.is_sparse)
+                values = functional.embedding(ids, weight, sparse=table.sparse)
                 events.setdefault(key.feature, []).append(EmbeddedSequence(values, lengths[place]))
             elif key.group == "single" and len(ids) == sparse.batch_size:
-                pooled.append(functional.embedding(ids, weight, sparse=self.is_sparse))
+                pooled.append(functional.embedding(ids, weight, sparse=table.sparse))
             else:
                 weights = (
                     sparse.weights[offsets[place] : offsets[place + 1]]

@@ -3,8 +3,9 @@ from __future__ import annotations
 import pytest
 
 from mlenv.composition import compose, from_plain, to_plain, to_yaml
-from mlenv.config import ExperimentConfig
+from mlenv.config import OPTIMIZERS, ExperimentConfig
 from mlenv.errors import ConfigError, Problems
+from mlenv.kinds import kind_of
 from mlenv.modules import CrossNetConfig, RankerConfig
 from mlenv.schema import Categorical, Numeric
 
@@ -100,6 +101,22 @@ def test_every_problem_is_named_at_once(control):
     assert "model.kind: expected one of ['ranker']" in text
 
 
+def test_an_optimizer_without_a_kind_is_adamw_and_another_kind_starts_afresh(control):
+    assert kind_of(compose(control).optimizer, OPTIMIZERS) == "adamw"
+    named = compose(control, ["optimizer.learning_rate=0.25"]).optimizer
+    assert (kind_of(named, OPTIMIZERS), named.learning_rate) == ("adamw", 0.25)
+    control.write_text(control.read_text() + "optimizer: {learning_rate: 0.125}\n")
+    assert compose(control).optimizer.learning_rate == 0.125
+    assert to_plain(compose(control, ["optimizer={kind: lion, beta1: 0.5}"]))["optimizer"] == {
+        "kind": "lion",
+        "learning_rate": 1e-4,
+        "weight_decay": 0.0,
+        "gradient_clip_norm": 0.0,
+        "beta1": 0.5,
+        "beta2": 0.99,
+    }
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -125,7 +142,16 @@ def test_every_problem_is_named_at_once(control):
         ("calibration.click={kind: logistic, segments: [a], ridge: 0}", "calibration.click.ridge: expected a number > 0"),
         ("calibration.click={kind: logistic, segments: [place]}", "calibration.click.segments: expected columns of schema.segments"),
         ("loop.monitor=click/auc", "loop.monitor: expected no monitor without data.validation"),
-        ("loop.learning_rate_decay=plateau", "loop.learning_rate_decay: expected none or linear without loop.monitor"),
+        ("loop.learning_rate_decay=plateau", "loop.learning_rate_decay: expected none, linear or cosine without loop.monitor"),
+        ("loop.warmup_start=0.5", "loop.warmup_steps: expected a number >= 1 with warmup_start"),
+        ("loop={warmup_steps: 5, warmup_start: 0}", "loop.warmup_start: expected a share in (0, 1)"),
+        ("loop={warmup_steps: 5, max_steps: 5}", "loop.warmup_steps: expected fewer than max_steps, 5"),
+        ("loop.accumulate_batches=0", "loop.accumulate_batches: expected a number >= 1"),
+        ("loop.accumulate_batches=2 embeddings.engine=torchrec", "accumulate_batches: expected 1, because embeddings.engine"),
+        ("loop.accumulate_batches=2 objective.balance.kind=pcgrad", "expected 1, because objective.balance weighs the tasks"),
+        ("loop.accumulate_batches=2 objective.distillation.weight=2", "expected 1, because objective.distillation is a mean"),
+        ("loop.accumulate_batches=2 objective.losses.click.kind=listwise", "expected 1, because a loss that compares"),
+        ("loop.ema_decay=1", "loop.ema_decay: expected a number in [0, 1)"),
         (
             "loop.stop_after_evaluations=2",
             "loop.stop_after_evaluations: expected 0 without loop.monitor.",
@@ -136,7 +162,22 @@ def test_every_problem_is_named_at_once(control):
         ),
         ("loop.monitor=click/calibration", "loop.monitor: expected TASK/METRIC with one of ['auc', 'ece', 'grouped_auc'"),
         ("loop.monitor=click/grouped_auc", "loop.monitor: expected a metric that needs no schema.request"),
-        ("embeddings={engine: torchrec, optimizer: adam}", "embeddings.optimizer: expected row_wise_adagrad, the one optimizer of"),
+        (
+            "embeddings={engine: torchrec, optimizer: adam}",
+            "embeddings.optimizer: expected row_wise_adagrad or sgd, because TorchRec has no",
+        ),
+        (
+            "embeddings={engine: torchrec, tables: {item: {optimizer: adam, learning_rate: 0.1}}}",
+            "embeddings.tables.item.optimizer: expected row_wise_adagrad or sgd, because TorchRec has no Adam on a CPU",
+        ),
+        ("embeddings={engine: torchrec, weight_decay: 0.1}", "embeddings.weight_decay: expected 0, because fbgemm's fused update on a CPU"),
+        ("embeddings={engine: torchrec, tables: {item: {weight_decay: 0.1}}}", "embeddings.tables.item.weight_decay: expected 0, because"),
+        ("embeddings.tables.itm.learning_rate=0.1", "embeddings.tables.itm: expected a table of schema.tables"),
+        ("embeddings.tables.item.learning_rate=0", "embeddings.tables.item.learning_rate: expected a number > 0"),
+        ("embeddings.tables.item.optimizer=sgd", "embeddings.tables.item.learning_rate: expected a number, because sgd takes another rate"),
+        ("optimizer.kind=adamv", "optimizer.kind: expected one of ['adam', 'adamw', 'lion', 'sgd']"),
+        ("optimizer={kind: lion, eps: 1}", "optimizer.eps: expected a key of LionConfig"),
+        ("optimizer=adam", "optimizer: expected a mapping with a kind"),
         ("schema.features.item.table=itm", "schema.features.item.table: expected a table of the schema"),
         ("optimizer.learning_rate=0", "optimizer.learning_rate: expected a number > 0"),
         ("model.deep.dropout=1.5", "model.deep.dropout: expected a share in [0, 1)"),
@@ -147,7 +188,7 @@ def test_every_problem_is_named_at_once(control):
 )
 def test_contradictions_are_refused(control, override, message):
     with pytest.raises((Problems, ConfigError)) as caught:
-        compose(control, [override])
+        compose(control, [override] if "{" in override else override.split())
     assert message in str(caught.value)
 
 

@@ -16,8 +16,9 @@ import pytest
 
 from mlenv import compose, train
 from mlenv.cli import main
-from mlenv.config import ExperimentConfig, ModelConfig, WorkersConfig
+from mlenv.config import ExperimentConfig, ModelConfig, OptimizerConfig, WorkersConfig
 from mlenv.datasets.ray_workers import RayConfig
+from mlenv.loops.dense_optimizers import AdamWConfig
 from mlenv.modules import CrossNetConfig, RankerConfig
 from mlenv.modules.ranker import CrossingConfig
 
@@ -32,7 +33,7 @@ LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 DEFINED_IN = re.compile(r"`(\w+)` in \[[^\]]*\]\(([^)]+\.py)\)")
 CONFIG_KEY = re.compile(r"`((?:schema|data|model|embeddings|optimizer|objective|loop|tracking|checks)\.(?!json`)[\w.]+)(?:: \S+|=\S+)?`")
 
-STANDARD = {ModelConfig: RankerConfig, CrossingConfig: CrossNetConfig, WorkersConfig: RayConfig}
+STANDARD = {ModelConfig: RankerConfig, CrossingConfig: CrossNetConfig, OptimizerConfig: AdamWConfig, WorkersConfig: RayConfig}
 """What the documents mean where a config leaves the class open."""
 
 

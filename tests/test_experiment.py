@@ -22,6 +22,7 @@ from sklearn.metrics import log_loss, roc_auc_score
 from mlenv import Experiment, compose, evaluate, fit, predict, train
 from mlenv.errors import CheckpointError, ConfigError, MlenvError
 from mlenv.loops.checkpoint import list_checkpoints
+from mlenv.loops.fit import Progress
 from mlenv.loops.journal import Journal
 from mlenv.loops.training_state import model_tensors
 
@@ -92,8 +93,14 @@ BEST_STEP = [
         ["data.num_epochs=8", "embeddings.engine=torchrec"],
         [*BEST_STEP, "embeddings.optimizer=adam", "embeddings.weight_decay=0.01", "optimizer.gradient_clip_norm=1"],
         [*BEST_STEP, "embeddings.engine=torchrec"],
+        [
+            "data.num_epochs=8",
+            "optimizer={kind: lion, weight_decay: 0.1}",
+            "embeddings.tables={user: {optimizer: adam, learning_rate: 0.01}}",
+        ],
+        ["data.num_epochs=8", "optimizer.kind=sgd", "embeddings={engine: torchrec, tables: {item: {optimizer: sgd, learning_rate: 10}}}"],
     ],
-    ids=["torch", "torchrec", "best step, torch", "best step, torchrec"],
+    ids=["torch", "torchrec", "best step, torch", "best step, torchrec", "lion", "sgd"],
 )
 def test_a_killed_training_ends_as_if_it_had_never_been_killed(demo_arguments, tmp_path, settings):
     train(config(demo_arguments(*settings, output="undisturbed")))
@@ -116,30 +123,116 @@ def test_a_killed_training_ends_as_if_it_had_never_been_killed(demo_arguments, t
     assert_identical(tmp_path / "undisturbed", tmp_path / "killed")
 
 
+class KilledError(Exception):
+    pass
+
+
+def train_until_killed(settings, killed_after):
+    """Trains up to a step, and leaves everything as it is then."""
+
+    def advance_until_killed(batches, progress):
+        if progress.step == killed_after:
+            raise KilledError
+        return advance(batches, progress)
+
+    with Experiment(settings) as experiment:
+        advance = experiment.step.advance
+        experiment.step.advance = advance_until_killed
+        with pytest.raises(KilledError):
+            fit(experiment.step, experiment.source("train"), experiment.run, settings.loop)
+
+
 @pytest.mark.parametrize("killed_after", [9, 19, 26])
 def test_the_best_step_does_not_depend_on_a_training_being_killed(demo_arguments, tmp_path, killed_after):
-    class KilledError(Exception):
-        pass
-
-    def train_until_killed():
-        with Experiment(killed) as experiment:
-            advance = experiment.step.advance
-
-            def advance_until_killed(batches, progress):
-                if progress.step == killed_after:
-                    raise KilledError
-                return advance(batches, progress)
-
-            experiment.step.advance = advance_until_killed
-            fit(experiment.step, experiment.source("train"), experiment.run, killed.loop)
-
     settings = [*BEST_STEP, "embeddings.optimizer=adam", "loop.max_steps=40"]
     train(config(demo_arguments(*settings, output="undisturbed")))
     killed = config(demo_arguments(*settings, output="killed"))
-    with pytest.raises(KilledError):
-        train_until_killed()
+    train_until_killed(killed, killed_after)
     train(killed)
     assert_identical(tmp_path / "undisturbed", tmp_path / "killed")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["optimizer.kind=adam", "loop.accumulate_batches=3", "loop.learning_rate_decay=cosine"],
+        ["optimizer.kind=sgd", "loop.accumulate_batches=2", "loop.ema_decay=0.9", "embeddings.optimizer=sgd"],
+        ["optimizer.kind=lion", "embeddings.engine=torchrec", "loop.ema_decay=0.99"],
+    ],
+    ids=["adam, accumulated, cosine", "sgd, accumulated, averaged", "lion, averaged, torchrec"],
+)
+def test_what_the_optimizers_keep_survives_a_kill(demo_arguments, tmp_path, settings):
+    settings = [*BEST_STEP, "loop.warmup_steps=12", "loop.max_steps=25", *settings]
+    train(config(demo_arguments(*settings, output="undisturbed")))
+    killed = config(demo_arguments(*settings, output="killed"))
+    train_until_killed(killed, 17)
+    train(killed)
+    assert_identical(tmp_path / "undisturbed", tmp_path / "killed")
+
+
+def test_small_batches_that_make_one_step_train_as_large_ones(demo_arguments, tmp_path):
+    settings = ["loop.max_steps=12", "loop.log_every_steps=1", "model.deep.dropout=0", "loop.warmup_steps=4", "data.num_epochs=1"]
+    sizes = {"large": ["data.batch_size=256"], "small": ["data.batch_size=64", "loop.accumulate_batches=4"]}
+    for output, size in sizes.items():
+        assert train(config(demo_arguments(*settings, *size, output=output))).steps == 12
+    (large, large_tensors, large_lines, _), (small, small_tensors, small_lines, _) = (final_state(tmp_path / output) for output in sizes)
+    assert large == small
+    for line, other in zip(large_lines, small_lines, strict=True):
+        figures = {key: value for key, value in line.items() if key.startswith("train/")}
+        assert {key: other[key] for key in figures} == pytest.approx(figures, rel=1e-4)
+    for name, tensor in large_tensors.items():
+        torch.testing.assert_close(small_tensors[name], tensor, rtol=1e-3, atol=1e-5)
+
+
+def test_the_data_may_end_within_a_step(demo_arguments, tmp_path):
+    whole = train(config(demo_arguments("data.batch_size=512", output="whole"))).steps
+    accumulated = train(config(demo_arguments("data.batch_size=512", "loop.accumulate_batches=5", output="accumulated"))).steps
+    assert accumulated == -(-whole // 5)
+    assert whole % 5
+    examples = [
+        json.loads((list_checkpoints(tmp_path / name / "checkpoints")[-1] / "progress.json").read_text())["examples"]
+        for name in ("whole", "accumulated")
+    ]
+    assert examples[0] == examples[1] == 4 * 4000
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_averaged_weights_are_evaluated_and_kept_as_the_model(demo_arguments, tmp_path, engine):
+    settings = [*BEST_STEP[:3], "loop.evaluate_every_steps=15", f"embeddings.engine={engine}", "loop.ema_decay=0.7", "loop.max_steps=15"]
+    with Experiment(config(demo_arguments(*settings, output="by hand"))) as experiment:
+        batches = experiment.source("train").batches()
+        experiment.run.restore()
+        name = next(name for name in model_tensors(experiment.model) if name.endswith("heads.click.1.weight"))
+        weight = dict(experiment.model.named_parameters())[name]
+        expected = weight.detach().double()
+        for step in range(15):
+            experiment.step.advance(batches, Progress(step=step))
+            decay = min(0.7, (1 + step) / (10 + step))
+            expected = decay * expected + (1 - decay) * weight.detach().double()
+        last = weight.detach().clone()
+    train(config(demo_arguments(*settings)))
+    output = tmp_path / "run of a test"
+    tensors = tensors_of(list_checkpoints(output / "checkpoints")[-1])
+    torch.testing.assert_close(tensors[name].double(), expected, rtol=1e-5, atol=1e-7)
+    assert torch.equal(tensors[f"trained.{name}"], last)
+    assert not any(key.startswith("trained.") and "tables." in key for key in tensors)
+
+    # Another training's config, without the average, reads the averaged model as well.
+    validated = next(line for line in Journal(output / "metrics.jsonl").read() if "validation/click/auc" in line)
+    for loaded in (settings, [*settings[:-2], settings[-1]]):
+        with Experiment(config(demo_arguments(*loaded))) as experiment:
+            experiment.load()
+            assert torch.equal(dict(experiment.model.named_parameters())[name], tensors[name])
+            assert evaluate(experiment.model, experiment.source("validation")).metrics["click/auc"] == validated["validation/click/auc"]
+    with pytest.raises(CheckpointError, match=r"loop\.ema_decay: 0\.7 became 0\.0"):
+        train(config(demo_arguments(*settings[:-2], settings[-1])))
+
+
+def test_a_warm_up_longer_than_the_training_is_refused_before_anything_is_written(demo_arguments, tmp_path):
+    with pytest.raises(ConfigError, match=r"loop\.warmup_steps: expected fewer than the 125 steps of the training"):
+        train(config(demo_arguments("loop.warmup_steps=125")))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_best_step_is_measured_and_a_training_that_stopped_stays_stopped(demo_arguments, tmp_path):
@@ -184,6 +277,36 @@ def test_both_engines_have_the_same_curve_and_read_each_others_checkpoints(demo_
         metrics = evaluate(experiment.model, experiment.source("test")).metrics
     expected = json.loads((tmp_path / "torch" / "metrics.json").read_text())
     assert metrics["click/log_loss"] == pytest.approx(expected["click/log_loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["embeddings.tables={item: {learning_rate: 0.03, eps: 0.001}, user: {optimizer: sgd, learning_rate: 20}}"],
+        [
+            *("embeddings.optimizer=sgd", "embeddings.learning_rate=10"),
+            "embeddings.tables={item: {learning_rate: 30}, user: {optimizer: row_wise_adagrad, learning_rate: 0.1}}",
+        ],
+    ],
+    ids=["row_wise_adagrad", "sgd"],
+)
+def test_both_engines_have_the_same_curve_with_an_optimizer_for_each_table(demo_arguments, tmp_path, settings):
+    curves, tables = {}, {}
+    for engine in ENGINES:
+        train(
+            config(demo_arguments(*settings, f"embeddings.engine={engine}", "loop.max_steps=25", "loop.log_every_steps=1", output=engine))
+        )
+        lines = Journal(tmp_path / engine / "metrics.jsonl").read()
+        curves[engine] = [line["train/click/loss"] for line in lines if "train/click/loss" in line]
+        tensors = tensors_of(list_checkpoints(tmp_path / engine / "checkpoints")[-1])
+        tables[engine] = {name: tensor for name, tensor in tensors.items() if "embeddings.tables." in name}
+    assert len(curves["torch"]) == 25
+    np.testing.assert_allclose(curves["torch"], curves["torchrec"], rtol=1e-5)
+    assert tables["torch"].keys() == tables["torchrec"].keys()
+    for name, tensor in tables["torch"].items():
+        torch.testing.assert_close(tensor, tables["torchrec"][name], rtol=1e-4, atol=1e-6)
+    moved = {name: tensor.std() for name, tensor in tables["torch"].items() if not name.startswith("optimizer.")}
+    assert min(moved.values()) > 0.0105  # more than the initial rows differ
 
 
 def test_every_figure_follows_from_the_predictions_file(demo_arguments, tmp_path):

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from mlenv.config import EmbeddingsConfig, OptimizerConfig
-from mlenv.loops.optimizers import RowWiseAdagrad, build_adam, build_table_optimizer, dense_parameters, plain_tables
+from mlenv.config import EmbeddingsConfig, TableConfig
+from mlenv.errors import ConfigError
+from mlenv.loops.dense_optimizers import AdamWConfig
+from mlenv.loops.optimizers import build_table_optimizers, dense_parameters, options_of_tables, plain_tables
 from mlenv.modules import TorchEmbeddings
 from mlenv.schema import Categorical, Label, Schema, Table
 
@@ -15,7 +17,7 @@ from mlenv.schema import Categorical, Label, Schema, Table
 def test_row_wise_adagrad_by_hand():
     table = nn.Embedding(4, 2, sparse=True)
     before = table.weight.detach().clone()
-    optimizer = RowWiseAdagrad([table.weight], EmbeddingsConfig(learning_rate=0.5, eps=0.25))
+    (optimizer,) = build_table_optimizers([(table.weight, EmbeddingsConfig(learning_rate=0.5, eps=0.25))])
     weights = torch.tensor([[3.0, 4.0]])
     for _ in range(2):
         (table(torch.tensor([1, 1, 2])) * weights).sum().backward()
@@ -33,7 +35,7 @@ def test_weight_decay_pulls_only_the_rows_that_are_looked_up():
     table = nn.Embedding(3, 1, sparse=True)
     with torch.no_grad():
         table.weight.fill_(2.0)
-    optimizer = RowWiseAdagrad([table.weight], EmbeddingsConfig(learning_rate=0.1, eps=0.0, weight_decay=0.5))
+    (optimizer,) = build_table_optimizers([(table.weight, EmbeddingsConfig(learning_rate=0.1, eps=0.0, weight_decay=0.5))])
     (table(torch.tensor([0])) * 3).sum().backward()
     optimizer.step()
     gradient = 3 + 0.5 * 2
@@ -45,7 +47,7 @@ def test_adam_has_all_its_state_from_the_start():
     dense = dense_parameters(model)
     assert [id(parameter) for parameter in dense] == [id(model[1].weight), id(model[1].bias)]
     assert [id(table) for table in plain_tables(model)] == [id(model[0].weight)]
-    adam = build_adam(dense, OptimizerConfig(learning_rate=0.1, weight_decay=0.3))
+    adam = AdamWConfig(learning_rate=0.1, weight_decay=0.3).build(dense)
     reference = torch.optim.AdamW(
         [
             {"params": [copy := nn.Parameter(model[1].weight.detach().clone())], "weight_decay": 0.3},
@@ -71,7 +73,7 @@ def test_adam_over_whole_tables_descends_the_loss_plus_half_the_penalty():
     tables = plain_tables(model)
     assert [id(table) for table in tables] == [id(model[0].tables["item"].weight)]
     assert [id(parameter) for parameter in dense_parameters(model)] == [id(model[1].weight)]
-    optimizer = build_table_optimizer(tables, config)
+    (optimizer,) = build_table_optimizers(options_of_tables(model, config))
     assert set(optimizer.state[tables[0]]) == {"step", "exp_avg", "exp_avg_sq"}
 
     # Kingma and Ba, algorithm 1, with the gradient of the penalised loss by autograd.
@@ -89,3 +91,57 @@ def test_adam_over_whole_tables_descends_the_loss_plus_half_the_penalty():
         with torch.no_grad():
             table -= 0.1 * (first / (1 - 0.9**step)) / ((second / (1 - 0.999**step)).sqrt() + config.eps)
     torch.testing.assert_close(tables[0].double(), table, rtol=1e-5, atol=1e-6)
+
+
+def three_tables(**options):
+    schema = Schema(
+        features={name: Categorical() for name in ("item", "user", "place")},
+        tables={name: Table(num_embeddings=4, embedding_dim=2) for name in ("item", "user", "place")},
+        labels={"click": Label()},
+    )
+    config = EmbeddingsConfig(learning_rate=0.5, init_std=1.0, **options)
+    return TorchEmbeddings(schema, config, seed=0), config
+
+
+def test_every_table_has_its_own_optimizer():
+    own = {"user": TableConfig(optimizer="sgd", learning_rate=0.25), "place": TableConfig(learning_rate=0.125, weight_decay=0.5)}
+    embeddings, config = three_tables(eps=0.0, tables=own)
+    before = {name: table.weight.detach().clone() for name, table in embeddings.tables.items()}
+    optimizers = build_table_optimizers(options_of_tables(embeddings, config))
+    assert [type(optimizer).__name__ for optimizer in optimizers] == ["RowWiseAdagrad", "SGD"]
+    factor = torch.tensor([[3.0, -1.0]])
+    for table in embeddings.tables.values():
+        (nn.functional.embedding(torch.tensor([2, 2]), table.weight, sparse=table.sparse) * factor).sum().backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    gradient = {"item": 2 * factor[0], "user": 2 * factor[0], "place": 2 * factor[0] + 0.5 * before["place"][2]}
+    steps = {name: gradient[name] / gradient[name].square().mean().sqrt() for name in ("item", "place")} | {"user": gradient["user"]}
+    for name, rate in {"item": 0.5, "user": 0.25, "place": 0.125}.items():
+        expected = before[name].clone()
+        expected[2] -= rate * steps[name]
+        torch.testing.assert_close(embeddings.tables[name].weight.detach(), expected)
+
+
+def test_a_table_under_adam_has_dense_gradients_beside_others_that_have_not():
+    embeddings, config = three_tables(tables={"user": TableConfig(optimizer="adam", learning_rate=0.1)})
+    assert {name: table.sparse for name, table in embeddings.tables.items()} == {"item": True, "user": False, "place": True}
+    _, adam = build_table_optimizers(options_of_tables(embeddings, config))
+    assert [id(table) for table in adam.state] == [id(embeddings.tables["user"].weight)]
+    assert adam.param_groups[0]["lr"] == 0.1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tables": {"user": TableConfig(optimizer="sgd")}}, r"tables\.user\.learning_rate: expected a number, because sgd takes another"),
+        ({"optimizer": "sgd", "weight_decay": 0.1}, "weight_decay: expected 0 under sgd"),
+        (
+            {"weight_decay": 0.1, "tables": {"user": TableConfig(optimizer="sgd", learning_rate=1.0)}},
+            r"tables\.user\.weight_decay: expected 0 under sgd",
+        ),
+        ({"optimizer": "sgd", "tables": {"user": TableConfig(eps=0.1)}}, r"tables\.user\.eps: expected null"),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        EmbeddingsConfig(**options)

@@ -26,7 +26,10 @@ ROOT = Path(__file__).resolve().parents[2]
 GROUP = 64
 ENGINES = {
     "torch": ["embeddings.engine=torch"],
-    "torchrec": ["embeddings.engine=torchrec", "embeddings.sharding={item: row_wise, advertiser_id: column_wise, user: table_wise}"],
+    "torchrec": [
+        "embeddings.engine=torchrec",
+        "embeddings.tables={item: {sharding: row_wise}, advertiser_id: {sharding: column_wise}, user: {sharding: table_wise}}",
+    ],
 }
 
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from mlenv.batch import Batch, Position, SparseFeatures
-from mlenv.config import EmbeddingsConfig, OptimizerConfig
+from mlenv.config import EmbeddingsConfig
 from mlenv.datasets.encoded_rows import to_batch
 from mlenv.datasets.encoding import encode
-from mlenv.loops.optimizers import RowWiseAdagrad, build_adam, dense_parameters, plain_tables
+from mlenv.loops.dense_optimizers import AdamWConfig
+from mlenv.loops.optimizers import build_table_optimizers, dense_parameters, options_of_tables
 from mlenv.modules import (
     FeatureDropoutConfig,
     MixedNumbersConfig,
@@ -197,8 +198,8 @@ def shifts(feature_dropout, groups, steps=150):
     config = RankerConfig(crossing=None, deep=MLPConfig(hidden=(16,)), heads=MLPConfig(hidden=()), feature_dropout=feature_dropout)
     model = config.build(WORLD, TorchEmbeddings(WORLD, EmbeddingsConfig(), 0))
     optimizers = [
-        build_adam(dense_parameters(model), OptimizerConfig(learning_rate=0.01)),
-        RowWiseAdagrad(plain_tables(model), EmbeddingsConfig(learning_rate=0.1)),
+        AdamWConfig(learning_rate=0.01).build(dense_parameters(model)),
+        *build_table_optimizers(options_of_tables(model, EmbeddingsConfig(learning_rate=0.1))),
     ]
     data = clicks()
     for _ in range(steps):
