@@ -415,7 +415,8 @@ def test_predictions_are_calibrated_on_the_validation_window(demo_arguments, tmp
 
     # A complete training with other calibrators fits those; without any, there are none.
     other = train(config(demo_arguments(*CALIBRATED[:4], "loop.learning_rate_decay=none", "calibration.click.kind=isotonic")))
-    assert comparable(other.evaluation.uncalibrated)["click/ece"] == result.evaluation.uncalibrated["click/ece"]
+    # One task instead of two is summed in another order.
+    assert comparable(other.evaluation.uncalibrated)["click/ece"] == pytest.approx(result.evaluation.uncalibrated["click/ece"], rel=1e-12)
     assert set(json.loads((checkpoint / "calibrators.json").read_text())) == {"click"}
     train(config(demo_arguments(*HELD_OUT, "data.num_epochs=8", "loop.learning_rate_decay=none", "loop.evaluate_every_steps=50")))
     assert json.loads((checkpoint / "calibrators.json").read_text()) == {}
