@@ -19,10 +19,12 @@ from tqdm import tqdm
 
 from mlenv.batch import Position
 from mlenv.config import MONITORS
-from mlenv.errors import CheckpointError, TrainingError
+from mlenv.errors import CheckpointError, StoppedError, TrainingError
+from mlenv.loops.agreement import any_rank, num_ranks
 from mlenv.loops.checkpoint import list_checkpoints, load_tensors, newest_checkpoint, save_checkpoint
 from mlenv.loops.fit import Progress
 from mlenv.loops.journal import JOURNAL_FILE, Journal
+from mlenv.loops.stop_signals import StopSignals
 from mlenv.loops.train_step import StepOutput
 from mlenv.loops.training_state import random_tensors, set_random_tensors
 
@@ -63,6 +65,7 @@ class TrainingRun:
         started: is told when the training begins or continues, and nothing can refuse it any more.
         validate: measures the model on held-out rows: ``task/metric`` to value.
         gauges: what else to record of the training, by name; asked for when the losses are recorded.
+        signals: those that ask the process to end; held while steps are trained.
     """
 
     def __init__(
@@ -76,11 +79,13 @@ class TrainingRun:
         started: Callable[[], None],
         validate: Callable[[], Mapping[str, float]],
         gauges: Callable[[], Mapping[str, float]],
+        signals: StopSignals,
     ) -> None:
         self.journal = Journal(output / JOURNAL_FILE)
         self._checkpoints, self._best, self._options = output / CHECKPOINT_FOLDER, output / BEST_FOLDER, options
         self._state, self._begin, self._check, self._started = state, begin, check, started
-        self._validate, self._gauges = validate, gauges
+        self._validate, self._gauges, self._signals = validate, gauges, signals
+        self._saved_step = 0
         # What was seen since the last record; part of the checkpoint, so that a resumed run logs the same numbers.
         self._sums = {name: torch.zeros(len(options.terms), dtype=torch.float64) for name in ("losses", "weights")}
         self._seconds, self._examples = time.perf_counter(), 0
@@ -105,8 +110,15 @@ class TrainingRun:
         self._bar = tqdm(
             total=self._options.total_steps, initial=progress.step, unit="step", desc="train", disable=None, leave=False, dynamic_ncols=True
         )
-        self._seconds, self._examples = time.perf_counter(), progress.examples
+        self._seconds, self._examples, self._saved_step = time.perf_counter(), progress.examples, progress.step
+        self._signals.hold()
         return progress
+
+    def must_stop(self, progress: Progress) -> bool:
+        """Whether the process was asked to end. Several ranks agree on the step: one of those that are logged, where they wait anyway."""
+        if num_ranks() > 1 and progress.step % self._options.log_every_steps:
+            return False
+        return any_rank(bool(self._signals.received))
 
     def log(self, progress: Progress, output: StepOutput) -> None:
         """Adds a step to the running means, and writes them every ``log_every_steps``. Only then waits for the device."""
@@ -143,6 +155,19 @@ class TrainingRun:
         """Writes a checkpoint. What was logged before it is on the disk first."""
         self._write(self._checkpoints, progress, keep=self._options.keep_checkpoints)
         self._prune_best()
+        self._saved_step = progress.step
+
+    def finish(self, progress: Progress) -> None:
+        """Writes the last checkpoint, unless it is there.
+
+        Raises:
+            StoppedError: the process was asked to end.
+        """
+        if progress.step > self._saved_step:
+            self.save(progress)
+        self._signals.release()
+        if any_rank(bool(self._signals.received)):
+            raise StoppedError(f"{self._signals.received or 'a signal to another process'} after step {progress.step}")
 
     def _write(self, folder: Path, progress: Progress, keep: int) -> None:
         self._check_finite(progress)

@@ -11,17 +11,19 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlenv.errors import GateError, MlenvError, TrainingError
+from mlenv.errors import GateError, MlenvError, StoppedError, TrainingError
 
 if TYPE_CHECKING:
     from mlenv.config import ExperimentConfig
     from mlenv.loops.evaluate import Evaluation
 
 DONE, FAILED, WRONG_INPUT, GATE = 0, 1, 2, 3
+STOPPED = 75
+"""EX_TEMPFAIL of sysexits.h: nothing is wrong, run the same command again. Schedulers can be told to requeue a job on it."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit code: 0 done, 1 failed, 2 wrong usage, config or data, 3 a gate said no."""
+    """Runs one command; returns the exit code: 0 done, 1 failed, 2 wrong usage, config or data, 3 a gate said no, 75 stopped by a signal."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     if unknown := [word for word in rest if word.startswith("-") or "=" not in word]:
@@ -47,6 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:  # a full or read-only disk, a server out of reach: nothing that a traceback would explain
         print(f"mlenv: {error}", file=sys.stderr)
         return FAILED
+    except StoppedError as error:
+        print(f"mlenv: stopped by {error}; the same command goes on", file=sys.stderr)
+        return STOPPED
     except KeyboardInterrupt:
         print("mlenv: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         return FAILED

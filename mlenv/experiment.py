@@ -28,6 +28,7 @@ from mlenv.loops.evaluate import evaluate, score
 from mlenv.loops.learning_rate import LearningRates, linear_decay, plateau_decay
 from mlenv.loops.optimizers import build_adam, build_table_optimizer, dense_parameters, plain_tables
 from mlenv.loops.sharding import shard
+from mlenv.loops.stop_signals import StopSignals
 from mlenv.loops.train_step import EagerStep
 from mlenv.loops.training_run import BEST_FOLDER, CHECKPOINT_FOLDER, CONFIG, RunOptions, TrainingRun
 from mlenv.loops.training_state import model_tensors, optimizer_tensors, parameter_names
@@ -81,6 +82,7 @@ class Experiment:
         self._started_process_group = False
         self._lock: IO[str] | None = None
         self._tracker: MlflowTracker | None = None
+        self._signals = StopSignals()
         if config.loop.device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("loop.device", expected="a device of this machine", received="cuda", fix="set it to auto or cpu")
         self.fabric = Fabric(accelerator=config.loop.device, devices=1, precision=config.loop.precision)
@@ -167,6 +169,7 @@ class Experiment:
             started=self._record_start,
             validate=self._validate,
             gauges=self._gauges,
+            signals=self._signals,
         )
 
     def source(self, split: Split) -> ParquetSource:
@@ -256,15 +259,17 @@ class Experiment:
         return self._tracker.url or f"run {self._tracker.run_id or 'pending'} of experiment {self.config.tracking.experiment!r}"
 
     def __enter__(self) -> Self:
+        self._signals.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._signals.__exit__(kind, error, trace)
         if "run" in self.__dict__:
             self.run.close()
         for source in self._sources.values():
             source.close()
         if self._tracker is not None:
-            self._tracker.finish("FINISHED" if kind is None else "KILLED" if kind is KeyboardInterrupt else "FAILED")
+            self._tracker.finish("FINISHED" if kind is None else "KILLED" if issubclass(kind, KeyboardInterrupt) else "FAILED")
         if self._lock is not None:
             self._lock.close()
         if self._started_process_group:

@@ -8,6 +8,7 @@ import torch
 from mlenv.errors import TrainingError
 from mlenv.loops.checkpoint import list_checkpoints
 from mlenv.loops.fit import Progress
+from mlenv.loops.stop_signals import StopSignals
 from mlenv.loops.training_run import RunOptions, TrainingRun
 
 
@@ -25,6 +26,7 @@ def run_of(folder, values, monitor="click/auc"):
         started=lambda: None,
         validate=lambda: {monitor or "click/auc": next(values)},
         gauges=dict,
+        signals=StopSignals(),
     )
     return run, run.restore()
 
@@ -67,6 +69,19 @@ def test_lower_is_better_where_it_is_and_nothing_is_kept_without_a_monitor(tmp_p
     run, _ = run_of(tmp_path, [0.5], monitor="")
     assert run.evaluate(Progress(1)) == Progress(1)
     assert best(tmp_path) == []
+
+
+@pytest.mark.parametrize(("saved_at", "written"), [([2], [2, 3]), ([2, 3], [2, 3]), ([], [3])])
+def test_the_last_checkpoint_is_written_once(tmp_path, saved_at, written):
+    run, _ = run_of(tmp_path, [])
+    for step in saved_at:
+        run.save(Progress(step))
+    run.finish(Progress(3))
+    assert [int(path.name[5:]) for path in list_checkpoints(tmp_path / "checkpoints")] == written
+    inode = (tmp_path / "checkpoints" / "step-00000003").stat().st_ino
+    again, progress = run_of(tmp_path, [])
+    again.finish(progress)
+    assert (tmp_path / "checkpoints" / "step-00000003").stat().st_ino == inode
 
 
 def test_a_monitor_that_is_no_number_stops_the_training(tmp_path):
