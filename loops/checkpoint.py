@@ -61,11 +61,17 @@ def _write(folder: Path, tensors: Mapping[str, Any], documents: Mapping[str, str
     """Fills a folder with tensors, documents and their manifest, and waits until all of it is on the disk."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns of its own single-process mode
-        save(
-            dict(tensors),
-            storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True),
-            no_dist=not torch.distributed.is_initialized(),
-        )
+        try:
+            save(
+                dict(tensors),
+                storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True),
+                no_dist=not torch.distributed.is_initialized(),
+            )
+        except CheckpointException as error:
+            causes = {rank: failure for rank, (failure, _) in error.failures.items()}
+            if all(isinstance(failure, OSError) for failure in causes.values()):
+                raise OSError("; ".join(f"rank {rank}: {failure}" for rank, failure in causes.items())) from error
+            raise
     for name, text in documents.items():
         (folder / name).write_text(text)
     manifest = {file.name: _entry(file) for file in sorted(folder.iterdir())}

@@ -29,10 +29,13 @@ class Progress:
     """Evaluations since the best one."""
     decays: int = 0
     """Evaluations in all that brought no better monitor: so often has the plateau schedule cut the learning rates."""
+    skipped_steps: int = 0
+    """Steps whose loss was bad, so that the model learned nothing from them."""
 
     def after(self, output: StepOutput) -> Progress:
         """Progress once a step is done."""
-        return replace(self, step=self.step + 1, examples=self.examples + output.num_examples, position=output.position)
+        examples, skipped = self.examples + output.num_examples, self.skipped_steps + output.is_skipped
+        return replace(self, step=self.step + 1, examples=examples, position=output.position, skipped_steps=skipped)
 
     def judged(self, value: float, higher_is_better: bool) -> Progress:
         """Progress once the monitor was measured."""

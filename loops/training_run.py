@@ -52,6 +52,12 @@ class RunOptions:
     """The composed config as YAML; saved with every checkpoint."""
     fingerprints: Mapping[str, str]
     """Of the training data, and of the teacher's checkpoint: a training that goes on must go on with the same."""
+    max_loss: float | None = None
+    """A step with a larger loss is a bad one; None for no limit."""
+
+
+class UnseenLossError(TrainingError):
+    """A loss that is no number or too large was only found when it was recorded, after the model had learned from it."""
 
 
 class TrainingRun:
@@ -88,6 +94,7 @@ class TrainingRun:
         self._saved_step = 0
         # What was seen since the last record; part of the checkpoint, so that a resumed run logs the same numbers.
         self._sums = {name: torch.zeros(len(options.terms), dtype=torch.float64) for name in ("losses", "weights")}
+        self._largest = torch.zeros(())
         self._seconds, self._examples = time.perf_counter(), 0
         self._bar: tqdm[Any] | None = None
 
@@ -126,6 +133,8 @@ class TrainingRun:
             "losses": self._sums["losses"].to(output.losses.device) + output.losses * output.weights,
             "weights": self._sums["weights"].to(output.weights.device) + output.weights,
         }
+        if self._options.max_loss is not None:
+            self._largest = torch.maximum(self._largest.to(output.losses.device), output.losses.max())
         if progress.step % self._options.log_every_steps == 0:
             self._record(progress)
         if self._bar is not None:
@@ -195,7 +204,11 @@ class TrainingRun:
         for term, loss in zip(self._options.terms, self._sums["losses"].tolist(), strict=True):
             if not math.isfinite(loss):
                 fix = "lower the learning rates, or set optimizer.gradient_clip_norm; the same command goes on from the last checkpoint"
-                raise TrainingError(f"step {progress.step}: {term!r} is {loss}. Fix: {fix}.")
+                raise UnseenLossError(f"step {progress.step}: {term!r} is {loss}. Fix: {fix}.")
+        limit, largest = self._options.max_loss, float(self._largest)
+        if limit is not None and largest > limit:
+            fix = "lower the learning rates, or raise loop.max_loss"
+            raise UnseenLossError(f"step {progress.step}: a loss of {largest:.6g} is above loop.max_loss, {limit:.6g}. Fix: {fix}.")
 
     def close(self) -> None:
         """Ends the progress bar."""
@@ -223,6 +236,7 @@ class TrainingRun:
         values = dict(zip(self._options.terms, losses, strict=True))
         recorded = {f"train/{name}": value for name, value in {**values, **self._gauges()}.items()}
         rate = (progress.examples - self._examples) / max(now - self._seconds, 1e-9)
+        recorded |= {"train/skipped_steps": progress.skipped_steps} if progress.skipped_steps else {}
         self.journal.append(progress.step, {"examples": progress.examples, **recorded, "train/examples_per_second": rate})
         if self._bar is not None:
             shown = {term.removesuffix("/loss"): f"{loss:.4f}" for term, loss in values.items()}

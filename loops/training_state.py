@@ -51,5 +51,17 @@ def set_random_tensors(tensors: dict[str, Tensor]) -> None:
         torch.cuda.set_rng_state(tensors["random.cuda"])
 
 
+def copy_buffers(*modules: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """Buffers that a forward pass may change, with their values; those of TorchRec's tables are their optimizer's, and as long as they."""
+    ours = (part for module in modules for part in module.modules() if not type(part).__module__.startswith(("torchrec.", "fbgemm_gpu.")))
+    return [(buffer, buffer.clone()) for part in ours for buffer in part.buffers(recurse=False)]
+
+
+def put_back(buffers: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Gives buffers the values that they had."""
+    for buffer, before in buffers:
+        buffer.copy_(before)
+
+
 def _canonical(name: str) -> str:
     return _TORCHREC_TABLE.sub("tables.", name)

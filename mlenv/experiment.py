@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import json
 import logging
@@ -16,22 +17,26 @@ from lightning.fabric import Fabric
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from mlenv.batch import Extra, example_batch
+from mlenv.batch import Batch, Extra, example_batch
 from mlenv.composition import from_plain, to_plain, to_yaml
 from mlenv.config import CALIBRATORS, ExperimentConfig
 from mlenv.datasets.parquet_source import ParquetSource
 from mlenv.errors import CheckpointError, ConfigError, MlenvError
 from mlenv.kinds import kind_of
+from mlenv.loops.bad_step import bad_step_folder, save_bad_step
 from mlenv.loops.calibration import CALIBRATORS_FILE, Calibrator, calibrators_from_json, calibrators_to_json, fit_calibrators
 from mlenv.loops.checkpoint import add_document, list_checkpoints, load_tensors, read_document, verify
 from mlenv.loops.evaluate import evaluate, score
+from mlenv.loops.fit import Progress
+from mlenv.loops.guarded_step import GuardedStep
 from mlenv.loops.learning_rate import LearningRates, linear_decay, plateau_decay
 from mlenv.loops.optimizers import build_adam, build_table_optimizer, dense_parameters, plain_tables
 from mlenv.loops.sharding import shard
+from mlenv.loops.step_statistics import step_statistics
 from mlenv.loops.stop_signals import StopSignals
-from mlenv.loops.train_step import EagerStep
-from mlenv.loops.training_run import BEST_FOLDER, CHECKPOINT_FOLDER, CONFIG, RunOptions, TrainingRun
-from mlenv.loops.training_state import model_tensors, optimizer_tensors, parameter_names
+from mlenv.loops.train_step import EagerStep, TrainStep
+from mlenv.loops.training_run import BEST_FOLDER, CHECKPOINT_FOLDER, CONFIG, PROGRESS, RunOptions, TrainingRun
+from mlenv.loops.training_state import model_tensors, optimizer_tensors, parameter_names, random_tensors
 from mlenv.modules import ENGINES, NumericNormalization, Objective, gate_gauges
 from mlenv.modules.distillation import Teach
 from mlenv.schema import Schema
@@ -52,6 +57,7 @@ NAMED_FACTS = 25
 _MAY_CHANGE = (
     *("name", "output", "tracking.", "checks.", "calibration.", "data.path", "data.test", "data.workers."),
     *("loop.log_every_steps", "loop.checkpoint_every_steps", "loop.keep_checkpoints", "loop.stop_after_evaluations", "loop.device"),
+    *("loop.on_bad_loss", "loop.max_loss", "loop.max_skipped_steps"),
 )
 """Keys that a resumed training may set anew; any other would make it another model."""
 
@@ -70,11 +76,14 @@ _VALIDATION = ("data.validation", "loop.evaluate_every_steps")
 class Experiment:
     """Builds what a config describes; leave it as a context, so that its locks and threads end with it.
 
+    Args:
+        sees_every_loss: whether each step looks at its loss before the model learns from it. None does where that waits for no device.
+
     Raises:
         ConfigError: the output folder has no parent; nothing is written before the first step of a training.
     """
 
-    def __init__(self, config: ExperimentConfig) -> None:
+    def __init__(self, config: ExperimentConfig, sees_every_loss: bool | None = None) -> None:
         self.config, self.schema, self.output = config, config.schema, Path(config.output)
         if not self.output.parent.is_dir():
             fix = f"mkdir -p '{self.output.parent}', or set output to a folder elsewhere"
@@ -86,6 +95,7 @@ class Experiment:
         if config.loop.device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("loop.device", expected="a device of this machine", received="cuda", fix="set it to auto or cpu")
         self.fabric = Fabric(accelerator=config.loop.device, devices=1, precision=config.loop.precision)
+        self._sees_every_loss = sees_loss_for_free(self.fabric.device) if sees_every_loss is None else sees_every_loss
         self._sources: dict[Split, ParquetSource] = {}
         self._loaded: Path | None = None
 
@@ -120,7 +130,7 @@ class Experiment:
             return Objective(config, tasks, model, teach=self.teach, num_steps=self.total_steps, probe=probe).to(device)
 
     @cached_property
-    def step(self) -> EagerStep:
+    def step(self) -> TrainStep:
         """One step of training."""
         clipped: list[Tensor] = [*self._dense_parameters]
         if self.config.embeddings.optimizer == "adam":
@@ -130,7 +140,10 @@ class Experiment:
         if decay != "none":
             schedule = linear_decay(self.total_steps) if decay == "linear" else plateau_decay
             rates = LearningRates(self.optimizers, getattr(self.model, "fused_optimizer", None), schedule)
-        return EagerStep(self.fabric, self.model, self.optimizers, self.objective, clip, rates)
+        step = EagerStep(self.fabric, self.model, self.optimizers, self.objective, clip, rates)
+        if not self._sees_every_loss:
+            return step
+        return GuardedStep(step, self.model, self.objective, self.optimizers, self.config.loop, self._keep_bad_step)
 
     @cached_property
     def total_steps(self) -> int:
@@ -159,6 +172,7 @@ class Experiment:
             total_steps=self.total_steps,
             config=to_yaml(self.config),
             fingerprints={"training data": source.fingerprint, **self._teacher_fingerprint},
+            max_loss=loop.max_loss,
         )
         return TrainingRun(
             self.output,
@@ -310,6 +324,19 @@ class Experiment:
         names = parameter_names(self.model, self.objective)
         return {**model_tensors(self.model), **objective, **optimizer_tensors(self.model, names, self.optimizers)}
 
+    def _keep_bad_step(self, progress: Progress, batch: Batch) -> str:
+        """Writes a step down that must not be learned from. A disk that has no room for it keeps nobody from going on."""
+        folder = bad_step_folder(self.output, progress.step + 1)
+        tensors = {**self._tensors(), **random_tensors()}
+        record = {**dataclasses.asdict(progress), "total_steps": self.total_steps}
+        documents = {PROGRESS: json.dumps(record, indent=2), CONFIG: to_yaml(self.config)}
+        statistics = step_statistics(self.model, self.objective, batch.to(self.fabric.device), self.fabric.autocast)
+        try:
+            save_bad_step(folder, progress.step + 1, tensors, documents, batch, statistics)
+        except OSError as error:
+            return f"{statistics.origin}; the step could not be kept in {folder} ({error})"
+        return f"{statistics.origin}; kept in {folder}, for mlenv.replay"
+
     def _gauges(self) -> dict[str, float]:
         return {**self.objective.gauges(), **gate_gauges(self.model)}
 
@@ -397,6 +424,11 @@ class Experiment:
         self.keep(self.output / CONFIG)
         if joins:
             self.keep(self.output / JOINS)
+
+
+def sees_loss_for_free(device: torch.device) -> bool:
+    """Whether reading the loss of every step costs nothing: the step is done by then, and no device has to be waited for."""
+    return device.type == "cpu"
 
 
 def _plain(text: str) -> dict[str, Any]:

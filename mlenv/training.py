@@ -14,7 +14,7 @@ from mlenv.experiment import SPLITS, Experiment, Split
 from mlenv.loops.evaluate import Evaluation, evaluate
 from mlenv.loops.fit import fit
 from mlenv.loops.journal import JOURNAL_FILE, Journal
-from mlenv.loops.training_run import CHECKPOINT_FOLDER, CONFIG
+from mlenv.loops.training_run import CHECKPOINT_FOLDER, CONFIG, UnseenLossError
 from mlenv.page import write_whole
 from mlenv.report import Report, write_report
 from mlenv.validation import validate_statistics, window_statistics
@@ -47,8 +47,18 @@ def train(config: ExperimentConfig) -> TrainingResult:
         MlenvError: the config, the columns of the data or a checkpoint cannot be used, before anything is written; or a
             value in a row cannot, when its row group is read, and then the run stays as the last checkpoint left it.
         GateError: ``checks.before_training`` is set, and the training window fails; nothing is written.
+        TrainingError: the loss of a step is no number or above ``loop.max_loss``, and ``loop.on_bad_loss`` does not skip it.
+        StoppedError: SIGTERM or SIGUSR1 came; the last step is in a checkpoint.
     """
-    with Experiment(config) as experiment:
+    try:
+        return _train(config)
+    except UnseenLossError as error:
+        logger.warning("%s Now the steps since the last checkpoint run again, and each loss is looked at first.", error)
+        return _train(config, sees_every_loss=True)
+
+
+def _train(config: ExperimentConfig, sees_every_loss: bool | None = None) -> TrainingResult:
+    with Experiment(config, sees_every_loss) as experiment:
         splits: list[Split] = [split for split in SPLITS if getattr(config.data, split) is not None]
         for split in splits:
             _ = experiment.source(split).joins  # all windows are checked before the first step

@@ -10,9 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from mlflow import MlflowClient
 
-from mlenv import Experiment, compose, train
+from mlenv import Experiment, compose, evaluate, train
 from mlenv.cli import STOPPED
 from mlenv.errors import StoppedError
 from mlenv.loops.checkpoint import list_checkpoints
@@ -61,9 +62,20 @@ def test_a_training_that_is_told_to_stop_saves_its_step_and_goes_on_to_the_same_
     assert_identical(tmp_path / "undisturbed", tmp_path / "stopped")
 
 
+class Stopping(torch.nn.Module):
+    """Gets a signal when it is first used."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return self.model(batch)
+
+
 def test_a_signal_after_the_last_step_ends_the_evaluation(demo_arguments, tmp_path):
     settings = config(demo_arguments("loop.max_steps=3"))
     with pytest.raises(StoppedError, match="SIGTERM"), Experiment(settings) as experiment:
-        for _ in experiment.source("test").batches():
-            os.kill(os.getpid(), signal.SIGTERM)
+        evaluate(Stopping(experiment.model), experiment.source("test"))
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
