@@ -182,9 +182,12 @@ def _entry(file: Path) -> dict[str, int | str]:
 def _replace(file: Path, text: str) -> None:
     """Writes a file whole or not at all, and waits until it is on the disk."""
     temporary = file.with_name(f".{file.name}.part")
-    temporary.write_text(text)
-    _sync(temporary)
-    temporary.replace(file)
+    try:
+        temporary.write_text(text)
+        _sync(temporary)
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
     _sync(file.parent)
 
 

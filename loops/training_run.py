@@ -27,6 +27,7 @@ from mlenv.loops.journal import JOURNAL_FILE, Journal
 from mlenv.loops.stop_signals import StopSignals
 from mlenv.loops.train_step import StepOutput
 from mlenv.loops.training_state import random_tensors, set_random_tensors
+from mlenv.loops.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +55,8 @@ class RunOptions:
     """Of the training data, and of the teacher's checkpoint: a training that goes on must go on with the same."""
     max_loss: float | None = None
     """A step with a larger loss is a bad one; None for no limit."""
+    hang_timeout_seconds: float = 0
+    """Longest time between two steps; 0 waits for ever."""
 
 
 class UnseenLossError(TrainingError):
@@ -91,7 +94,9 @@ class TrainingRun:
         self._checkpoints, self._best, self._options = output / CHECKPOINT_FOLDER, output / BEST_FOLDER, options
         self._state, self._begin, self._check, self._started = state, begin, check, started
         self._validate, self._gauges, self._signals = validate, gauges, signals
-        self._saved_step = 0
+        self._saved_step, self._is_disk_full = 0, False
+        timeout = options.hang_timeout_seconds
+        self._watchdog = Watchdog(output, timeout) if timeout else None
         # What was seen since the last record; part of the checkpoint, so that a resumed run logs the same numbers.
         self._sums = {name: torch.zeros(len(options.terms), dtype=torch.float64) for name in ("losses", "weights")}
         self._largest = torch.zeros(())
@@ -119,6 +124,8 @@ class TrainingRun:
         )
         self._seconds, self._examples, self._saved_step = time.perf_counter(), progress.examples, progress.step
         self._signals.hold()
+        if self._watchdog is not None:
+            self._watchdog.start()
         return progress
 
     def must_stop(self, progress: Progress) -> bool:
@@ -139,12 +146,14 @@ class TrainingRun:
             self._record(progress)
         if self._bar is not None:
             self._bar.update()
+        if self._watchdog is not None:
+            self._watchdog.beat()
 
     def evaluate(self, progress: Progress) -> Progress:
         """Writes the metrics of the validation window, and keeps the model when its monitor is the best so far.
 
         Raises:
-            TrainingError: the monitor is no number.
+            TrainingError: the monitor is no number, or the best model cannot be written: a later one cannot take its place.
         """
         started = time.perf_counter()
         metrics, monitor = self._validate(), self._options.monitor
@@ -155,28 +164,51 @@ class TrainingRun:
                 raise TrainingError(f"step {progress.step}: validation/{monitor} is {metrics[monitor]}. Fix: {fix}.")
             progress = progress.judged(metrics[monitor], MONITORS[monitor.rpartition("/")[2]])
             if progress.stale_evaluations == 0:
-                self._write(self._best, progress, keep=0)
+                try:
+                    self._write(self._best, progress, keep=0)
+                except OSError as error:
+                    raise _unwritten("best model", progress, error) from error
                 self._prune_best()
         self._seconds += time.perf_counter() - started
         return progress
 
     def save(self, progress: Progress) -> None:
-        """Writes a checkpoint. What was logged before it is on the disk first."""
-        self._write(self._checkpoints, progress, keep=self._options.keep_checkpoints)
-        self._prune_best()
-        self._saved_step = progress.step
+        """Writes a checkpoint. A full disk costs the checkpoint, not the training: the ones before it stay."""
+        try:
+            self._save(progress)
+        except OSError as error:
+            if not self._is_disk_full:
+                logger.warning(
+                    "step %d: the checkpoint cannot be written (%s). The training goes on; a kill would take it back to step %d.",
+                    progress.step,
+                    error,
+                    self._saved_step,
+                )
+            self._is_disk_full = True
 
     def finish(self, progress: Progress) -> None:
         """Writes the last checkpoint, unless it is there.
 
         Raises:
             StoppedError: the process was asked to end.
+            TrainingError: the checkpoint cannot be written.
         """
         if progress.step > self._saved_step:
-            self.save(progress)
+            try:
+                self._save(progress)
+            except OSError as error:
+                raise _unwritten("last checkpoint", progress, error) from error
+        if self._watchdog is not None:
+            self._watchdog.close()
         self._signals.release()
         if any_rank(bool(self._signals.received)):
             raise StoppedError(f"{self._signals.received or 'a signal to another process'} after step {progress.step}")
+
+    def _save(self, progress: Progress) -> None:
+        """Writes a checkpoint. What was logged before it is on the disk first."""
+        self._write(self._checkpoints, progress, keep=self._options.keep_checkpoints)
+        self._prune_best()
+        self._saved_step, self._is_disk_full = progress.step, False
 
     def _write(self, folder: Path, progress: Progress, keep: int) -> None:
         self._check_finite(progress)
@@ -211,7 +243,9 @@ class TrainingRun:
             raise UnseenLossError(f"step {progress.step}: a loss of {largest:.6g} is above loop.max_loss, {limit:.6g}. Fix: {fix}.")
 
     def close(self) -> None:
-        """Ends the progress bar."""
+        """Ends the progress bar and the watchdog."""
+        if self._watchdog is not None:
+            self._watchdog.close()
         if self._bar is not None:
             self._bar.close()
 
@@ -248,3 +282,8 @@ class TrainingRun:
     def _means(losses: Tensor, weights: Tensor) -> list[float]:
         means: list[float] = (losses / weights).tolist()
         return means
+
+
+def _unwritten(what: str, progress: Progress, error: OSError) -> TrainingError:
+    fix = "make room; the same command goes on from the checkpoint before it"
+    return TrainingError(f"step {progress.step}: the {what} cannot be written ({error}). Fix: {fix}.")

@@ -558,6 +558,9 @@ class LoopConfig:
     """Largest loss of a task, as it is recorded, that the model learns from; null for any finite one."""
     max_skipped_steps: int = 10
     """Steps of a training that may be skipped; one more stops it."""
+    hang_timeout_seconds: float = 0
+    """When no step has ended for so long, the stacks of all threads are written to the output folder, and after as long again the process
+    ends with exit code 1. Longer than a step with an evaluation and a checkpoint takes; 0 waits for ever."""
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -568,6 +571,7 @@ class LoopConfig:
             ("checkpoint_every_steps", 1),
             ("keep_checkpoints", 1),
             ("max_skipped_steps", 0),
+            ("hang_timeout_seconds", 0),
         ):
             check_at_least(name, getattr(self, name), least)
         if self.max_loss is not None:

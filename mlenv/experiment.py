@@ -39,6 +39,7 @@ from mlenv.loops.training_run import BEST_FOLDER, CHECKPOINT_FOLDER, CONFIG, PRO
 from mlenv.loops.training_state import model_tensors, optimizer_tensors, parameter_names, random_tensors
 from mlenv.modules import ENGINES, NumericNormalization, Objective, gate_gauges
 from mlenv.modules.distillation import Teach
+from mlenv.page import write_whole
 from mlenv.schema import Schema
 from mlenv.teacher import Teacher, teacher_of
 from mlenv.tracking import MlflowTracker, run_tags
@@ -57,7 +58,7 @@ NAMED_FACTS = 25
 _MAY_CHANGE = (
     *("name", "output", "tracking.", "checks.", "calibration.", "data.path", "data.test", "data.workers."),
     *("loop.log_every_steps", "loop.checkpoint_every_steps", "loop.keep_checkpoints", "loop.stop_after_evaluations", "loop.device"),
-    *("loop.on_bad_loss", "loop.max_loss", "loop.max_skipped_steps"),
+    *("loop.on_bad_loss", "loop.max_loss", "loop.max_skipped_steps", "loop.hang_timeout_seconds"),
 )
 """Keys that a resumed training may set anew; any other would make it another model."""
 
@@ -173,6 +174,7 @@ class Experiment:
             config=to_yaml(self.config),
             fingerprints={"training data": source.fingerprint, **self._teacher_fingerprint},
             max_loss=loop.max_loss,
+            hang_timeout_seconds=loop.hang_timeout_seconds,
         )
         return TrainingRun(
             self.output,
@@ -410,11 +412,9 @@ class Experiment:
 
     def _record_start(self) -> None:
         """Writes the config and begins the tracked run, once it is certain that the training goes on."""
-        temporary = self.output / f".{CONFIG}.part"
-        temporary.write_text(_HEADER + to_yaml(self.config))
-        temporary.replace(self.output / CONFIG)
+        write_whole(_HEADER + to_yaml(self.config), self.output / CONFIG)
         if joins := {split: source.joins for split, source in self._sources.items() if source.joins}:
-            (self.output / JOINS).write_text(json.dumps(joins, indent=2))
+            write_whole(json.dumps(joins, indent=2), self.output / JOINS)
         tracking = self.config.tracking
         if not tracking.enabled:
             return

@@ -73,6 +73,7 @@ def _train(config: ExperimentConfig, sees_every_loss: bool | None = None) -> Tra
         evaluation = evaluate_and_report(experiment) if "test" in splits else None
         if evaluation is not None:
             _journal_once(experiment.run.journal, progress.step, evaluation)
+            experiment.run.journal.sync()
             for name in (METRICS, REPORT):
                 experiment.keep(experiment.output / name)
         experiment.keep(checkpoint, "model")
@@ -86,7 +87,7 @@ def evaluate_and_report(experiment: Experiment) -> Evaluation:
     output, schema, source = experiment.output, experiment.schema, experiment.source("test")
     evaluation = evaluate(experiment.model, source, output / PREDICTIONS, experiment.calibrators)
     finite = {name: value if math.isfinite(value) else None for name, value in evaluation.metrics.items()}
-    (output / METRICS).write_text(json.dumps(finite, indent=2))
+    write_whole(json.dumps(finite, indent=2), output / METRICS)
     report = Report(
         title=experiment.config.name,
         facts=experiment.facts | _calibration_facts(experiment),

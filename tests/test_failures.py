@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import re
+import resource
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from mlflow import MlflowClient
 
 from mlenv import Experiment, compose, evaluate, train
-from mlenv.cli import STOPPED
+from mlenv.cli import DONE, FAILED, STOPPED
 from mlenv.errors import StoppedError
 from mlenv.loops.checkpoint import list_checkpoints
+from mlenv.training import evaluate_and_report
 from tests.test_experiment import assert_identical
 
 
@@ -79,3 +86,107 @@ def test_a_signal_after_the_last_step_ends_the_evaluation(demo_arguments, tmp_pa
     with pytest.raises(StoppedError, match="SIGTERM"), Experiment(settings) as experiment:
         evaluate(Stopping(experiment.model), experiment.source("test"))
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """A file system of its own with room for a few checkpoints."""
+    folder = tmp_path / "small disk"
+    folder.mkdir()
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", folder], capture_output=True, text=True, check=False)
+    if mount.returncode:
+        pytest.skip(f"needs the right to mount: {mount.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def fill(folder: Path) -> Path:
+    """A file that takes all the room that is left."""
+    file = folder / "filler"
+    with file.open("wb", buffering=0) as stream, contextlib.suppress(OSError):
+        while stream.write(b"x" * 4096):
+            pass
+    return file
+
+
+@pytest.mark.slow
+def test_a_full_disk_costs_checkpoints_and_the_training_goes_on_when_there_is_room(demo_arguments, tmp_path, small_disk):
+    settings = ["data.num_epochs=8"]
+    train(config(demo_arguments(*settings, output="undisturbed")))
+
+    process = start(demo_arguments(*settings, output="small disk/run"))
+    output = small_disk / "run"
+    wait_for_step(process, output, 15)
+    filler = fill(small_disk)
+    _, errors = process.communicate()
+    assert process.returncode == FAILED, errors.decode()
+    assert errors.decode().count("the checkpoint cannot be written") == 1
+    assert errors.decode().count("metrics.jsonl: cannot be written") == 1
+    assert re.search(r"mlenv: step \d+: the last checkpoint cannot be written \(.*No space left on device.*Fix: make room", errors.decode())
+    assert list_checkpoints(output / "checkpoints")
+    assert not list(output.rglob("*.part"))
+
+    filler.unlink()
+    train(config(demo_arguments(*settings, output="small disk/run")))
+    assert_identical(tmp_path / "undisturbed", output)
+
+
+@pytest.mark.parametrize("bytes_left", [0, 2_000, 30_000])
+def test_results_are_written_whole_or_not_at_all(demo_arguments, tmp_path, bytes_left):
+    settings = config(demo_arguments("loop.max_steps=12"))
+    train(settings)
+    output = tmp_path / "run of a test"
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    with Experiment(settings) as experiment:
+        experiment.load()
+        with files_of_at_most(bytes_left), pytest.raises(OSError, match="File too large"):
+            evaluate_and_report(experiment)
+    after = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    assert after.keys() == before.keys()
+    assert json.loads((output / "metrics.json").read_text())
+    assert pq.read_table(output / "predictions").num_rows == 2000
+    assert (output / "report.html").read_bytes() == before[output / "report.html"]
+
+
+@contextlib.contextmanager
+def files_of_at_most(num_bytes: int) -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.slow
+def test_a_training_whose_source_hangs_is_ended_and_goes_on_when_it_is_started_again(demo_arguments, tmp_path):
+    settings = demo_arguments("loop.max_steps=30", "loop.hang_timeout_seconds=3")
+    (tmp_path / "hangs.py").write_text(HANGING)
+    blocked = [*settings, "data.transforms=[{kind: python, function: 'hangs:block', reads: [price], writes: [price]}]"]
+    (tmp_path / "block").touch()
+    process = start(blocked, cwd=tmp_path)
+    _, errors = process.communicate(timeout=300)
+    output = tmp_path / "run of a test"
+    assert process.returncode == FAILED
+    assert "no step has ended for 3 s" in errors.decode()
+    assert " in block" in (output / "stacks-rank0.txt").read_text()
+    assert [path.name for path in list_checkpoints(output / "checkpoints")] == []
+
+    (tmp_path / "block").unlink()
+    process = start(blocked, cwd=tmp_path)
+    assert process.wait(timeout=300) == DONE
+    process.stderr.close()
+
+
+HANGING = """
+import pathlib
+import threading
+import time
+
+
+def block(rows):
+    while pathlib.Path("block").exists() and "watchdog" in {thread.name for thread in threading.enumerate()}:
+        time.sleep(0.05)
+    return rows
+"""
+"""Once steps are trained, no row comes until the file is gone."""
