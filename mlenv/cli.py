@@ -113,6 +113,12 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("config", type=Path, help="YAML file; settings may follow as key=value")
     made.add_argument("--out", type=Path, required=True, help="new folder for the data set")
 
+    runs = verbs.add_parser("runs", help="Look after tracked runs.", description="Look after tracked runs.").add_subparsers(
+        required=True, metavar="VERB"
+    )
+    made = verb(runs, "send", _send, "Send MLflow what it has not got of a training, because its server was away.")
+    made.add_argument("output", type=Path, help="output folder of the training")
+
     made = verb(verbs, "ui", _ui, "Open MLflow on the runs tracked here.")
     made.add_argument("--uri", default="", help="where the runs are, as in tracking.uri; otherwise where training puts them by default")
     made.add_argument("--port", type=int, default=5000)
@@ -222,6 +228,18 @@ def _backfill(options: argparse.Namespace) -> int:
         return DONE
     num_rows = backfill(config.data, config.schema, options.out)
     print(f"wrote {num_rows:,} rows to {options.out}")
+    return DONE
+
+
+def _send(options: argparse.Namespace) -> int:
+    from mlenv.tracking import send_pending, tracked_run
+
+    uri = tracked_run(options.output).uri
+    if options.dry_run:
+        print(f"would send what MLflow at {uri} has not got of {options.output}")
+        return DONE
+    send_pending(options.output)
+    print(f"MLflow at {uri} has all of run {tracked_run(options.output).run_id}")
     return DONE
 
 

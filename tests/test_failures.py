@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from random import Random
 
 import pyarrow.parquet as pq
 import pytest
@@ -86,6 +87,44 @@ def test_a_signal_after_the_last_step_ends_the_evaluation(demo_arguments, tmp_pa
     with pytest.raises(StoppedError, match="SIGTERM"), Experiment(settings) as experiment:
         evaluate(Stopping(experiment.model), experiment.source("test"))
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+NUM_KILLS = 10
+
+
+@pytest.mark.slow
+def test_a_training_that_is_killed_ten_times_ends_with_the_same_bits(demo_arguments, tmp_path):
+    """Anywhere in the steps, half of whose time goes into checkpoints."""
+    settings = ["data.num_epochs=24", "loop.log_every_steps=1", "loop.checkpoint_every_steps=2"]
+    train(config(demo_arguments(*settings, output="undisturbed")))
+
+    output, random = tmp_path / "killed", Random(1)
+    reached = []
+    for _ in range(NUM_KILLS):
+        process = start(demo_arguments(*settings, output="killed"))
+        before = last_step(output)
+        while last_step(output) <= before:
+            assert process.poll() is None, process.stderr.read().decode()
+            time.sleep(0.001)
+        time.sleep(random.uniform(0, 0.3))
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        reached.append(last_step(output))
+    assert reached == sorted(set(reached))
+
+    train(config(demo_arguments(*settings, output="killed")))
+    assert_identical(tmp_path / "undisturbed", output)
+    assert not list(output.rglob("*.part"))
+
+
+def last_step(output: Path) -> int:
+    """The last step of the journal; 0 before there is any."""
+    try:
+        lines = (output / "metrics.jsonl").read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return 0
+    return json.loads(lines[-2])["step"] if len(lines) > 1 else 0
 
 
 @pytest.fixture
