@@ -16,7 +16,7 @@ from mlenv.errors import TrainingError
 from mlenv.loops.agreement import any_rank
 from mlenv.loops.fit import Progress
 from mlenv.loops.train_step import StepOutput, TrainStep
-from mlenv.loops.training_state import copy_buffers, put_back, random_tensors, set_random_tensors
+from mlenv.loops.training_state import changing_buffers, put_back, random_tensors, set_random_tensors
 from mlenv.modules.objective import Losses, Objective
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ class GuardedStep:
     ) -> None:
         self._step, self._objective, self._optimizers, self._config, self._keep = step, objective, optimizers, config, keep
         self._is_guarding = False
-        self._model = model
+        self._buffers = changing_buffers(model, objective)
         objective.register_forward_hook(self._look_at)
 
     def advance(self, batches: Iterator[Batch], progress: Progress) -> StepOutput | None:
@@ -57,7 +57,7 @@ class GuardedStep:
             TrainingError: the loss is bad, and ``loop.on_bad_loss`` is stop or has been skip too often.
         """
         taken: list[Batch] = []
-        random, buffers = random_tensors(), copy_buffers(self._model, self._objective)
+        random, buffers = random_tensors(), [buffer.clone() for buffer in self._buffers]
         self._is_guarding = True
         try:
             return self._step.advance(_noted(batches, taken), progress)
@@ -66,7 +66,7 @@ class GuardedStep:
         finally:
             self._is_guarding = False
         set_random_tensors(random)
-        put_back(buffers)
+        put_back(self._buffers, buffers)
         for optimizer in self._optimizers:
             optimizer.zero_grad()
         kept = self._keep(progress, taken[-1])

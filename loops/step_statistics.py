@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mlenv.batch import Batch
-from mlenv.loops.training_state import copy_buffers, put_back
+from mlenv.loops.training_state import changing_buffers, put_back
 from mlenv.modules.objective import Objective
 
 
@@ -118,7 +118,8 @@ def step_statistics(
         module.register_forward_hook(watch(name.replace("_dmp_wrapped_module.", "").removeprefix("module.") or "model"))
         for name, module in model.named_modules()
     ]
-    buffers = copy_buffers(model, objective)
+    buffers = changing_buffers(model, objective)
+    before = [buffer.clone() for buffer in buffers]
     try:
         model.train()
         with torch.random.fork_rng():
@@ -128,7 +129,7 @@ def step_statistics(
             if not has_fused_tables:
                 objective.backward(losses, torch.Tensor.backward)
     finally:
-        put_back(buffers)
+        put_back(buffers, before)
         for hook in hooks:
             hook.remove()
     statistics = StepStatistics(

@@ -51,16 +51,23 @@ def set_random_tensors(tensors: dict[str, Tensor]) -> None:
         torch.cuda.set_rng_state(tensors["random.cuda"])
 
 
-def copy_buffers(*modules: nn.Module) -> list[tuple[Tensor, Tensor]]:
-    """Buffers that a forward pass may change, with their values; those of TorchRec's tables are their optimizer's, and as long as they."""
-    ours = (part for module in modules for part in module.modules() if not type(part).__module__.startswith(("torchrec.", "fbgemm_gpu.")))
-    return [(buffer, buffer.clone()) for part in ours for buffer in part.buffers(recurse=False)]
+def changing_buffers(*modules: nn.Module) -> list[Tensor]:
+    """Buffers that a forward pass may change: those that a checkpoint holds, but not those of TorchRec's tables, which are their
+    optimizer's and as long as they."""
+    return [
+        buffer
+        for module in modules
+        for part in module.modules()
+        if not type(part).__module__.startswith(("torchrec.", "fbgemm_gpu."))
+        for name, buffer in part.named_buffers(recurse=False)
+        if name not in part._non_persistent_buffers_set
+    ]
 
 
-def put_back(buffers: Iterable[tuple[Tensor, Tensor]]) -> None:
+def put_back(buffers: Iterable[Tensor], before: Iterable[Tensor]) -> None:
     """Gives buffers the values that they had."""
-    for buffer, before in buffers:
-        buffer.copy_(before)
+    for buffer, value in zip(buffers, before, strict=True):
+        buffer.copy_(value)
 
 
 def _canonical(name: str) -> str:
