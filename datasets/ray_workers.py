@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import re
+import signal
 import socket
+import threading
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -93,7 +95,10 @@ class RayWorkers:
             if ":" in address:  # where nobody listens, Ray would go on asking for minutes
                 host, port = address.split(":")
                 socket.create_connection((host, int(port)), TIMEOUT_SECONDS).close()
+            handler = signal.getsignal(signal.SIGTERM)
             ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **own)
+            if callable(handler) and threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, handler)  # Ray's own, put in its place, ends a training in the middle of a step
         except (OSError, OverflowError, RuntimeError, ValueError, ray.exceptions.RayError) as error:  # OverflowError: no such port
             fix = "start one with 'ray start --head', or leave address empty"
             raise ConfigError(

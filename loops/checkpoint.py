@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from mlenv.errors import CheckpointError
-from mlenv.loops.ranks import is_main, wait_for_all
+from mlenv.loops.ranks import any_rank, is_main, wait_for_all
 
 logger = logging.getLogger(__name__)
 
@@ -47,13 +47,19 @@ def save_checkpoint(folder: Path, step: int, tensors: Mapping[str, Any], documen
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     wait_for_all()
+    failure: OSError | None = None
     try:
         _write_tensors(temporary, tensors)
         if is_main():
             _complete(temporary, documents)
+    except OSError as error:
+        failure = error
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)  # on a full disk it would be in the way of the next try
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
+    if any_rank(failure is not None):
+        shutil.rmtree(temporary, ignore_errors=True)  # on a full disk it would be in the way of the next try
+        raise failure or OSError("another process could not write its part")
     if is_main():
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
@@ -68,11 +74,17 @@ def _write_tensors(folder: Path, tensors: Mapping[str, Any]) -> None:
     """Each rank its own shards, and of what all have alike a part; all return when all have written."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns of its own single-process mode
-        save(
-            dict(tensors),
-            storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True),
-            no_dist=not torch.distributed.is_initialized(),
-        )
+        try:
+            save(
+                dict(tensors),
+                storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True),
+                no_dist=not torch.distributed.is_initialized(),
+            )
+        except CheckpointException as error:
+            causes = {rank: failure for rank, (failure, _) in error.failures.items()}
+            if all(isinstance(failure, OSError) for failure in causes.values()):
+                raise OSError("; ".join(f"rank {rank}: {failure}" for rank, failure in causes.items())) from error
+            raise
 
 
 def _complete(folder: Path, documents: Mapping[str, str]) -> None:
@@ -187,9 +199,12 @@ def _entry(file: Path) -> dict[str, int | str]:
 def _replace(file: Path, text: str) -> None:
     """Writes a file whole or not at all, and waits until it is on the disk."""
     temporary = file.with_name(f".{file.name}.part")
-    temporary.write_text(text)
-    _sync(temporary)
-    temporary.replace(file)
+    try:
+        temporary.write_text(text)
+        _sync(temporary)
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
     _sync(file.parent)
 
 

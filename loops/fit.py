@@ -29,10 +29,13 @@ class Progress:
     """Evaluations since the best one."""
     decays: int = 0
     """Evaluations in all that brought no better monitor: so often has the plateau schedule cut the learning rates."""
+    skipped_steps: int = 0
+    """Steps whose loss was bad, so that the model learned nothing from them."""
 
     def after(self, output: StepOutput) -> Progress:
         """Progress once a step is done."""
-        return replace(self, step=self.step + 1, examples=self.examples + output.num_examples, position=output.position)
+        examples, skipped = self.examples + output.num_examples, self.skipped_steps + output.is_skipped
+        return replace(self, step=self.step + 1, examples=examples, position=output.position, skipped_steps=skipped)
 
     def judged(self, value: float, higher_is_better: bool) -> Progress:
         """Progress once the monitor was measured."""
@@ -62,14 +65,19 @@ class Run(Protocol):
     def log(self, progress: Progress, output: StepOutput) -> None: ...
     def evaluate(self, progress: Progress) -> Progress: ...
     def save(self, progress: Progress) -> None: ...
+    def must_stop(self, progress: Progress) -> bool: ...
+    def finish(self, progress: Progress) -> None: ...
 
 
 def fit(step: TrainStep, source: BatchSource, run: Run, config: LoopConfig) -> Progress:
-    """Trains from the last checkpoint until ``config.max_steps``, the end of the data, or no gain for too long."""
+    """Trains from the last checkpoint until ``config.max_steps``, the end of the data, or no gain for too long.
+
+    Raises:
+        StoppedError: the process was asked to end; the last step is saved.
+    """
     progress = run.restore()
-    saved_step = progress.step
     batches = source.batches(start=progress.position)
-    while not progress.is_complete(config):
+    while not (progress.is_complete(config) or run.must_stop(progress)):
         output = step.advance(batches, progress)
         if output is None:
             break
@@ -79,7 +87,5 @@ def fit(step: TrainStep, source: BatchSource, run: Run, config: LoopConfig) -> P
             progress = run.evaluate(progress)
         if progress.step % config.checkpoint_every_steps == 0:
             run.save(progress)
-            saved_step = progress.step
-    if progress.step > saved_step:
-        run.save(progress)
+    run.finish(progress)
     return progress

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import time
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import BinaryIO, Final
 
 from mlenv.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 JOURNAL_FILE: Final = "metrics.jsonl"
 
@@ -24,24 +27,42 @@ class Journal:
     The file is the truth: a tracking server is told what is in it. A process killed while it writes leaves half a line,
     which readers pass over and the next write removes. JSON has no word for numbers that are not finite, so they are
     kept as ``"nan"``, ``"inf"`` and ``"-inf"``.
+
+    A disk that is full does not stop the training: lines wait in memory until one can be written again, or ``sync`` must know.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._waiting: list[bytes] = []
 
     def append(self, step: int, values: Mapping[str, float]) -> None:
-        """Adds one step's numbers; when it returns, they outlive the process, and after ``sync`` the machine."""
+        """Adds one step's numbers; when it returns, they outlive the process unless the disk is full, and after ``sync`` the machine."""
         assert not {"step", "time"} & values.keys(), "the journal itself writes these"
         line = {"step": step, "time": time.time()} | {key: _to_json(float(value)) for key, value in values.items()}
-        with self.path.open("a+b") as file:
-            _drop_half_line(file)
-            file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
+        self._waiting.append(json.dumps(line, allow_nan=False).encode() + b"\n")
+        try:
+            self._write()
+        except OSError as error:
+            if len(self._waiting) == 1:
+                logger.warning("%s: cannot be written (%s). Its lines wait in memory.", self.path, error)
 
     def sync(self) -> None:
-        """Waits until what was appended is on the disk."""
+        """Waits until what was appended is on the disk.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        self._write()
         if self.path.exists():
             with self.path.open("rb") as file:
                 os.fsync(file.fileno())
+
+    def _write(self) -> None:
+        while self._waiting:
+            with self.path.open("a+b") as file:
+                _drop_half_line(file)
+                file.write(self._waiting[0])
+            del self._waiting[0]
 
     def truncate(self, step: int) -> None:
         """Drops the lines after a step: a run that resumes from its checkpoint writes those steps again."""

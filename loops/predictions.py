@@ -60,12 +60,13 @@ class PredictionWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._writer is not None:
-            self._writer.close()
-        if kind is None:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            self._temporary.rename(self._folder)
-        else:
+        try:
+            if self._writer is not None:
+                self._writer.close()  # writes the footer, for which a disk may have no room
+            if kind is None:
+                shutil.rmtree(self._folder, ignore_errors=True)
+                self._temporary.rename(self._folder)
+        finally:
             shutil.rmtree(self._temporary, ignore_errors=True)
 
 

@@ -92,6 +92,11 @@ def all_ranks(numbers: tuple[int, ...]) -> list[tuple[int, ...]]:
     return [tuple(of_rank.tolist()) for of_rank in gathered]
 
 
+def any_rank(fact: bool) -> bool:
+    """Whether something is so on any rank; all ranks must ask at the same point."""
+    return any(told for (told,) in all_ranks((int(fact),)))
+
+
 def summed(tensor: Tensor) -> Tensor:
     """The sum over all ranks; the tensor itself where there is one rank."""
     if world_size() == 1:

@@ -34,6 +34,8 @@ class StepOutput:
     """``(terms,)`` float32, mean of each term of the objective, on the device: reading it waits for the step."""
     weights: Tensor
     """``(terms,)`` float32, sum of the weights that each term is a mean over."""
+    is_skipped: bool = False
+    """The model learned nothing from the batch, because its loss was bad."""
 
 
 class TrainStep(Protocol):

@@ -19,13 +19,15 @@ from tqdm import tqdm
 
 from mlenv.batch import Position
 from mlenv.config import MONITORS
-from mlenv.errors import CheckpointError, TrainingError
+from mlenv.errors import CheckpointError, StoppedError, TrainingError
 from mlenv.loops.checkpoint import list_checkpoints, load_tensors, newest_checkpoint, save_checkpoint
 from mlenv.loops.fit import Progress
 from mlenv.loops.journal import JOURNAL_FILE, Journal, SilentJournal
-from mlenv.loops.ranks import all_ranks, from_main, is_main, rank, summed, world_size
+from mlenv.loops.ranks import all_ranks, any_rank, from_main, is_main, rank, summed, world_size
+from mlenv.loops.stop_signals import StopSignals
 from mlenv.loops.train_step import StepOutput
 from mlenv.loops.training_state import of_rank, random_tensors, set_random_tensors
+from mlenv.loops.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +53,14 @@ class RunOptions:
     """The composed config as YAML; saved with every checkpoint."""
     fingerprints: Mapping[str, str]
     """Of the training data, and of the teacher's checkpoint: a training that goes on must go on with the same."""
+    max_loss: float | None = None
+    """A step with a larger loss is a bad one; None for no limit."""
+    hang_timeout_seconds: float = 0
+    """Longest time between two steps; 0 waits for ever."""
+
+
+class UnseenLossError(TrainingError):
+    """A loss that is no number or too large was only found when it was recorded, after the model had learned from it."""
 
 
 class TrainingRun:
@@ -64,6 +74,7 @@ class TrainingRun:
         started: is told when the training begins or continues, and nothing can refuse it any more.
         validate: measures the model on held-out rows: ``task/metric`` to value.
         gauges: what else to record of the training, by name; asked for when the losses are recorded.
+        signals: those that ask the process to end; held while steps are trained.
     """
 
     def __init__(
@@ -77,13 +88,18 @@ class TrainingRun:
         started: Callable[[], None],
         validate: Callable[[], Mapping[str, float]],
         gauges: Callable[[], Mapping[str, float]],
+        signals: StopSignals,
     ) -> None:
         self.journal: Journal | SilentJournal = Journal(output / JOURNAL_FILE) if is_main() else SilentJournal()
         self._checkpoints, self._best, self._options = output / CHECKPOINT_FOLDER, output / BEST_FOLDER, options
         self._state, self._begin, self._check, self._started = state, begin, check, started
-        self._validate, self._gauges = validate, gauges
+        self._validate, self._gauges, self._signals = validate, gauges, signals
+        self._saved_step, self._is_disk_full = 0, False
+        timeout = options.hang_timeout_seconds
+        self._watchdog = Watchdog(output, timeout) if timeout else None
         # What was seen since the last record; part of the checkpoint, so that a resumed run logs the same numbers.
         self._sums = {name: torch.zeros(len(options.terms), dtype=torch.float64) for name in ("losses", "weights")}
+        self._largest = torch.zeros(())
         self._seconds, self._examples = time.perf_counter(), 0
         self._bar: tqdm[Any] | None = None
 
@@ -114,8 +130,17 @@ class TrainingRun:
                 leave=False,
                 dynamic_ncols=True,
             )
-        self._seconds, self._examples = time.perf_counter(), progress.examples
+        self._seconds, self._examples, self._saved_step = time.perf_counter(), progress.examples, progress.step
+        self._signals.hold()
+        if self._watchdog is not None:
+            self._watchdog.start()
         return progress
+
+    def must_stop(self, progress: Progress) -> bool:
+        """Whether the process was asked to end. Several ranks agree on the step: one of those that are logged, where they wait anyway."""
+        if world_size() > 1 and progress.step % self._options.log_every_steps:
+            return False
+        return any_rank(bool(self._signals.received))
 
     def log(self, progress: Progress, output: StepOutput) -> None:
         """Adds a step to the running means, and writes them every ``log_every_steps``. Only then waits for the device."""
@@ -123,16 +148,20 @@ class TrainingRun:
             "losses": self._sums["losses"].to(output.losses.device) + output.losses * output.weights,
             "weights": self._sums["weights"].to(output.weights.device) + output.weights,
         }
+        if self._options.max_loss is not None:
+            self._largest = torch.maximum(self._largest.to(output.losses.device), output.losses.max())
         if progress.step % self._options.log_every_steps == 0:
             self._record(progress)
         if self._bar is not None:
             self._bar.update()
+        if self._watchdog is not None:
+            self._watchdog.beat()
 
     def evaluate(self, progress: Progress) -> Progress:
         """Writes the metrics of the validation window, and keeps the model when its monitor is the best so far.
 
         Raises:
-            TrainingError: the monitor is no number.
+            TrainingError: the monitor is no number, or the best model cannot be written: a later one cannot take its place.
         """
         started = time.perf_counter()
         metrics, monitor = self._validate(), self._options.monitor
@@ -143,13 +172,49 @@ class TrainingRun:
                 raise TrainingError(f"step {progress.step}: validation/{monitor} is {metrics[monitor]}. Fix: {fix}.")
             progress = progress.judged(metrics[monitor], MONITORS[monitor.rpartition("/")[2]])
             if progress.stale_evaluations == 0:
-                self._write(self._best, progress, keep=0)
+                try:
+                    self._write(self._best, progress, keep=0)
+                except OSError as error:
+                    raise _unwritten("best model", progress, error) from error
         self._seconds += time.perf_counter() - started
         return progress
 
     def save(self, progress: Progress) -> None:
+        """Writes a checkpoint. A full disk costs the checkpoint, not the training: the ones before it stay."""
+        try:
+            self._save(progress)
+        except OSError as error:
+            if not self._is_disk_full:
+                logger.warning(
+                    "step %d: the checkpoint cannot be written (%s). The training goes on; a kill would take it back to step %d.",
+                    progress.step,
+                    error,
+                    self._saved_step,
+                )
+            self._is_disk_full = True
+
+    def finish(self, progress: Progress) -> None:
+        """Writes the last checkpoint, unless it is there.
+
+        Raises:
+            StoppedError: the process was asked to end.
+            TrainingError: the checkpoint cannot be written.
+        """
+        if progress.step > self._saved_step:
+            try:
+                self._save(progress)
+            except OSError as error:
+                raise _unwritten("last checkpoint", progress, error) from error
+        if self._watchdog is not None:
+            self._watchdog.close()
+        self._signals.release()
+        if any_rank(bool(self._signals.received)):
+            raise StoppedError(f"{self._signals.received or 'a signal to another process'} after step {progress.step}")
+
+    def _save(self, progress: Progress) -> None:
         """Writes a checkpoint. What was logged before it is on the disk first."""
         self._write(self._checkpoints, progress, keep=self._options.keep_checkpoints)
+        self._saved_step, self._is_disk_full = progress.step, False
 
     def _write(self, folder: Path, progress: Progress, keep: int) -> None:
         self._check_finite(progress, summed(self._sums["losses"]))
@@ -185,10 +250,16 @@ class TrainingRun:
         for term, loss in zip(self._options.terms, losses.tolist(), strict=True):
             if not math.isfinite(loss):
                 fix = "lower the learning rates, or set optimizer.gradient_clip_norm; the same command goes on from the last checkpoint"
-                raise TrainingError(f"step {progress.step}: {term!r} is {loss}. Fix: {fix}.")
+                raise UnseenLossError(f"step {progress.step}: {term!r} is {loss}. Fix: {fix}.")
+        limit, largest = self._options.max_loss, float(self._largest)
+        if limit is not None and largest > limit:
+            fix = "lower the learning rates, or raise loop.max_loss"
+            raise UnseenLossError(f"step {progress.step}: a loss of {largest:.6g} is above loop.max_loss, {limit:.6g}. Fix: {fix}.")
 
     def close(self) -> None:
-        """Ends the progress bar."""
+        """Ends the progress bar and the watchdog."""
+        if self._watchdog is not None:
+            self._watchdog.close()
         if self._bar is not None:
             self._bar.close()
 
@@ -219,6 +290,7 @@ class TrainingRun:
         values = dict(zip(self._options.terms, losses, strict=True))
         recorded = {f"train/{name}": value for name, value in {**values, **self._gauges()}.items()}
         rate = (progress.examples - self._examples) / max(now - self._seconds, 1e-9)
+        recorded |= {"train/skipped_steps": progress.skipped_steps} if progress.skipped_steps else {}
         self.journal.append(progress.step, {"examples": progress.examples, **recorded, "train/examples_per_second": rate})
         if self._bar is not None:
             shown = {term.removesuffix("/loss"): f"{loss:.4f}" for term, loss in values.items()}
@@ -230,3 +302,8 @@ class TrainingRun:
     def _means(losses: Tensor, weights: Tensor) -> list[float]:
         means: list[float] = (losses / weights).tolist()
         return means
+
+
+def _unwritten(what: str, progress: Progress, error: OSError) -> TrainingError:
+    fix = "make room; the same command goes on from the checkpoint before it"
+    return TrainingError(f"step {progress.step}: the {what} cannot be written ({error}). Fix: {fix}.")

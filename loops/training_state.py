@@ -58,6 +58,25 @@ def of_rank(name: str) -> str:
     return name if is_main() else f"{name}.rank{rank()}"
 
 
+def changing_buffers(*modules: nn.Module) -> list[Tensor]:
+    """Buffers that a forward pass may change: those that a checkpoint holds, but not those of TorchRec's tables, which are their
+    optimizer's and as long as they."""
+    return [
+        buffer
+        for module in modules
+        for part in module.modules()
+        if not type(part).__module__.startswith(("torchrec.", "fbgemm_gpu."))
+        for name, buffer in part.named_buffers(recurse=False)
+        if name not in part._non_persistent_buffers_set
+    ]
+
+
+def put_back(buffers: Iterable[Tensor], before: Iterable[Tensor]) -> None:
+    """Gives buffers the values that they had."""
+    for buffer, value in zip(buffers, before, strict=True):
+        buffer.copy_(value)
+
+
 def _canonical(name: str) -> str:
     """Without the wrapper that averages gradients, and as the engine of plain tables calls it."""
     return _TORCHREC_TABLE.sub("tables.", name.removeprefix("module."))

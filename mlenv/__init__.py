@@ -15,11 +15,12 @@ if TYPE_CHECKING:
     from mlenv.loops.evaluate import evaluate, predict
     from mlenv.loops.fit import fit
     from mlenv.schema import Schema
+    from mlenv.step_replay import replay
     from mlenv.training import train
 
 __version__ = "0.1.0"
 
-__all__ = ["Batch", "Experiment", "Schema", "compose", "evaluate", "fit", "predict", "train"]
+__all__ = ["Batch", "Experiment", "Schema", "compose", "evaluate", "fit", "predict", "replay", "train"]
 
 _HOME = {
     "Batch": "mlenv.batch",
@@ -29,6 +30,7 @@ _HOME = {
     "evaluate": "mlenv.loops.evaluate",
     "fit": "mlenv.loops.fit",
     "predict": "mlenv.loops.evaluate",
+    "replay": "mlenv.step_replay",
     "train": "mlenv.training",
 }
 

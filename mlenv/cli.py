@@ -11,17 +11,19 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlenv.errors import GateError, MlenvError, TrainingError
+from mlenv.errors import GateError, MlenvError, StoppedError, TrainingError
 
 if TYPE_CHECKING:
     from mlenv.config import ExperimentConfig, WindowConfig
     from mlenv.loops.evaluate import Evaluation
 
 DONE, FAILED, WRONG_INPUT, GATE = 0, 1, 2, 3
+STOPPED = 75
+"""EX_TEMPFAIL of sysexits.h: nothing is wrong, run the same command again. Schedulers can be told to requeue a job on it."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit code: 0 done, 1 failed, 2 wrong usage, config or data, 3 a gate said no."""
+    """Runs one command; returns the exit code: 0 done, 1 failed, 2 wrong usage, config or data, 3 a gate said no, 75 told to stop."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     if unknown := [word for word in rest if word.startswith("-") or "=" not in word]:
@@ -47,6 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:  # a full or read-only disk, a server out of reach: nothing that a traceback would explain
         print(f"mlenv: {error}", file=sys.stderr)
         return FAILED
+    except StoppedError as error:
+        print(f"mlenv: stopped by {error}; the same command goes on", file=sys.stderr)
+        return STOPPED
     except KeyboardInterrupt:
         print("mlenv: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         return FAILED
@@ -113,6 +118,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     made.add_argument("config", type=Path, help="YAML file; settings may follow as key=value")
     made.add_argument("--out", type=Path, required=True, help="new folder for the data set")
+
+    runs = verbs.add_parser("runs", help="Look after tracked runs.", description="Look after tracked runs.").add_subparsers(
+        required=True, metavar="VERB"
+    )
+    made = verb(runs, "send", _send, "Send MLflow what it has not got of a training, because its server was away.")
+    made.add_argument("output", type=Path, help="output folder of the training")
 
     made = verb(verbs, "ui", _ui, "Open MLflow on the runs tracked here.")
     made.add_argument("--uri", default="", help="where the runs are, as in tracking.uri; otherwise where training puts them by default")
@@ -244,6 +255,18 @@ def _backfill(options: argparse.Namespace) -> int:
         return DONE
     num_rows = backfill(config.data, config.schema, options.out)
     print(f"wrote {num_rows:,} rows to {options.out}")
+    return DONE
+
+
+def _send(options: argparse.Namespace) -> int:
+    from mlenv.tracking import send_pending, tracked_run
+
+    uri = tracked_run(options.output).uri
+    if options.dry_run:
+        print(f"would send what MLflow at {uri} has not got of {options.output}")
+        return DONE
+    send_pending(options.output)
+    print(f"MLflow at {uri} has all of run {tracked_run(options.output).run_id}")
     return DONE
 
 

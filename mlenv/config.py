@@ -641,6 +641,16 @@ class LoopConfig:
     """auto takes a GPU where there is one."""
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     """bf16-mixed computes the dense part in bfloat16 and keeps float32 weights."""
+    on_bad_loss: Literal["stop", "skip"] = "stop"
+    """What becomes of a step whose loss is no number or above ``max_loss``; either way the model does not learn from it, and the step is
+    kept in the output folder. skip goes on with the next batch."""
+    max_loss: float | None = None
+    """Largest loss of a task, as it is recorded, that the model learns from; null for any finite one."""
+    max_skipped_steps: int = 10
+    """Steps of a training that may be skipped; one more stops it."""
+    hang_timeout_seconds: float = 0
+    """When no step has ended for so long, the stacks of all threads are written to the output folder, and after as long again the process
+    ends with exit code 1. Longer than a step with an evaluation and a checkpoint takes; 0 waits for ever."""
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -652,6 +662,8 @@ class LoopConfig:
             ("stop_after_evaluations", 0),
             ("checkpoint_every_steps", 1),
             ("keep_checkpoints", 1),
+            ("max_skipped_steps", 0),
+            ("hang_timeout_seconds", 0),
         ):
             check_at_least(name, getattr(self, name), least)
         if not 0 <= self.ema_decay < 1:
@@ -664,6 +676,8 @@ class LoopConfig:
         if 0 < self.max_steps <= self.warmup_steps:
             fix = "shorten the warm-up, or train longer"
             raise ConfigError("warmup_steps", expected=f"fewer than max_steps, {self.max_steps}", received=self.warmup_steps, fix=fix)
+        if self.max_loss is not None:
+            check_above("max_loss", self.max_loss, 0)
 
 
 @dataclass(frozen=True, kw_only=True)

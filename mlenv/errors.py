@@ -60,6 +60,13 @@ class GateError(MlenvError):
     """What was judged is not good enough. The command line ends with exit code 3."""
 
 
+class StoppedError(KeyboardInterrupt):
+    """A signal asked the process to end: nothing is wrong, and the same command goes on. The command line ends with exit code 75.
+
+    No MlenvError and no Exception, so that nobody on the way takes it for a failure of what he has just tried.
+    """
+
+
 class Problems(MlenvError):
     """Several errors found in one check, reported together."""
 

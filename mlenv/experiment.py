@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import json
 import logging
@@ -19,25 +20,31 @@ from omegaconf import OmegaConf
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mlenv.batch import Extra, example_batch
+from mlenv.batch import Batch, Extra, example_batch
 from mlenv.composition import from_plain, to_plain, to_yaml
 from mlenv.config import BALANCES, CALIBRATORS, ExperimentConfig
 from mlenv.datasets.parquet_source import ParquetSource
 from mlenv.errors import CheckpointError, ConfigError, MlenvError
 from mlenv.kinds import kind_of
+from mlenv.loops.bad_step import bad_step_folder, save_bad_step
 from mlenv.loops.calibration import CALIBRATORS_FILE, Calibrator, calibrators_from_json, calibrators_to_json, fit_calibrators
 from mlenv.loops.checkpoint import add_document, list_checkpoints, load_tensors, read_document, verify
 from mlenv.loops.evaluate import evaluate, score
+from mlenv.loops.fit import Progress
+from mlenv.loops.guarded_step import GuardedStep
 from mlenv.loops.learning_rate import LearningRates, schedule_of
 from mlenv.loops.optimizers import build_table_optimizers, dense_parameters, options_of_tables
 from mlenv.loops.ranks import Shares, all_ranks, is_main, join_group, rank, share, started_by_launcher, wait_for_all, world_size
 from mlenv.loops.sharding import shard
-from mlenv.loops.train_step import EagerStep
-from mlenv.loops.training_run import BEST_FOLDER, CHECKPOINT_FOLDER, CONFIG, RunOptions, TrainingRun
-from mlenv.loops.training_state import model_tensors, optimizer_tensors, parameter_names
+from mlenv.loops.step_statistics import step_statistics
+from mlenv.loops.stop_signals import StopSignals
+from mlenv.loops.train_step import EagerStep, TrainStep
+from mlenv.loops.training_run import BEST_FOLDER, CHECKPOINT_FOLDER, CONFIG, PROGRESS, RunOptions, TrainingRun
+from mlenv.loops.training_state import model_tensors, optimizer_tensors, parameter_names, random_tensors
 from mlenv.loops.weight_average import WeightAverage
 from mlenv.modules import ENGINES, NumericNormalization, Objective, gate_gauges
 from mlenv.modules.distillation import Teach
+from mlenv.page import write_whole
 from mlenv.schema import Schema
 from mlenv.teacher import Teacher, teacher_of
 from mlenv.tracking import MlflowTracker, run_tags
@@ -56,6 +63,7 @@ NAMED_FACTS = 25
 _MAY_CHANGE = (
     *("name", "output", "tracking.", "checks.", "calibration.", "data.path", "data.test", "data.workers.", "launch."),
     *("loop.log_every_steps", "loop.checkpoint_every_steps", "loop.keep_checkpoints", "loop.stop_after_evaluations", "loop.device"),
+    *("loop.on_bad_loss", "loop.max_loss", "loop.max_skipped_steps", "loop.hang_timeout_seconds"),
 )
 """Keys that a resumed training may set anew; any other would make it another model."""
 
@@ -74,11 +82,14 @@ _VALIDATION = ("data.validation", "loop.evaluate_every_steps")
 class Experiment:
     """Builds what a config describes; leave it as a context, so that its locks and threads end with it.
 
+    Args:
+        sees_every_loss: whether each step looks at its loss before the model learns from it. None does where that waits for no device.
+
     Raises:
         ConfigError: the output folder has no parent; nothing is written before the first step of a training.
     """
 
-    def __init__(self, config: ExperimentConfig) -> None:
+    def __init__(self, config: ExperimentConfig, sees_every_loss: bool | None = None) -> None:
         self.config, self.schema, self.output = config, config.schema, Path(config.output)
         if not self.output.parent.is_dir():
             fix = f"mkdir -p '{self.output.parent}', or set output to a folder elsewhere"
@@ -86,6 +97,7 @@ class Experiment:
         self._started_process_group = join_group("nccl" if config.loop.device != "cpu" and torch.cuda.is_available() else "gloo")
         self._lock: IO[str] | None = None
         self._tracker: MlflowTracker | None = None
+        self._signals = StopSignals()
         if config.loop.device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("loop.device", expected="a device of this machine", received="cuda", fix="set it to auto or cpu")
         devices: int | list[int] = 1
@@ -93,6 +105,7 @@ class Experiment:
             devices = [int(os.environ["LOCAL_RANK"])]
             torch.cuda.set_device(devices[0])
         self.fabric = Fabric(accelerator=config.loop.device, devices=devices, precision=config.loop.precision)
+        self._sees_every_loss = sees_loss_for_free(self.fabric.device) if sees_every_loss is None else sees_every_loss
         self._sources: dict[Split, ParquetSource] = {}
         self._loaded: Path | None = None
 
@@ -133,7 +146,7 @@ class Experiment:
             return Objective(config, tasks, model, teach=self.teach, num_steps=self.total_steps, probe=probe).to(device)
 
     @cached_property
-    def step(self) -> EagerStep:
+    def step(self) -> TrainStep:
         """One step of training."""
         whole_tables = [table for table, options in options_of_tables(self.model, self.config.embeddings) if options.optimizer == "adam"]
         clip = [*self._dense_parameters, *whole_tables], self.config.optimizer.gradient_clip_norm
@@ -147,9 +160,12 @@ class Experiment:
                 "loop.accumulate_batches", expected="1 with several processes", received=received, fix="train with more processes"
             )
         empty = example_batch(self.schema, num_rows=0)
-        return EagerStep(
+        step = EagerStep(
             self.fabric, self.model, self.optimizers, self.objective, clip, rates, self.shares, empty, self.average, accumulated
         )
+        if not self._sees_every_loss:
+            return step
+        return GuardedStep(step, self.model, self.objective, self.optimizers, self.config.loop, self._keep_bad_step)
 
     @cached_property
     def shares(self) -> Shares:
@@ -197,6 +213,8 @@ class Experiment:
             total_steps=self.total_steps,
             config=to_yaml(self.config),
             fingerprints={"training data": source.fingerprint, **self._teacher_fingerprint},
+            max_loss=loop.max_loss,
+            hang_timeout_seconds=loop.hang_timeout_seconds,
         )
         return TrainingRun(
             self.output,
@@ -207,6 +225,7 @@ class Experiment:
             started=self._record_start,
             validate=self._validate,
             gauges=self._gauges,
+            signals=self._signals,
         )
 
     def source(self, split: Split) -> ParquetSource:
@@ -298,15 +317,17 @@ class Experiment:
         return self._tracker.url or f"run {self._tracker.run_id or 'pending'} of experiment {self.config.tracking.experiment!r}"
 
     def __enter__(self) -> Self:
+        self._signals.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._signals.__exit__(kind, error, trace)
         if "run" in self.__dict__:
             self.run.close()
         for source in self._sources.values():
             source.close()
         if self._tracker is not None:
-            self._tracker.finish("FINISHED" if kind is None else "KILLED" if kind is KeyboardInterrupt else "FAILED")
+            self._tracker.finish("FINISHED" if kind is None else "KILLED" if issubclass(kind, KeyboardInterrupt) else "FAILED")
         if self._lock is not None:
             self._lock.close()
         if self._started_process_group:
@@ -341,6 +362,19 @@ class Experiment:
         names = parameter_names(self.model, self.objective)
         averaged = {} if self.average is None else self.average.tensors()
         return {**model_tensors(self.model), **averaged, **objective, **optimizer_tensors(self.model, names, self.optimizers)}
+
+    def _keep_bad_step(self, progress: Progress, batch: Batch) -> str:
+        """Writes a step down that must not be learned from. A disk that has no room for it keeps nobody from going on."""
+        folder = bad_step_folder(self.output, progress.step + 1)
+        tensors = {**self._tensors(), **random_tensors()}
+        record = {**dataclasses.asdict(progress), "total_steps": self.total_steps}
+        documents = {PROGRESS: json.dumps(record, indent=2), CONFIG: to_yaml(self.config)}
+        statistics = step_statistics(self.model, self.objective, batch.to(self.fabric.device), self.fabric.autocast)
+        try:
+            save_bad_step(folder, progress.step + 1, tensors, documents, batch, statistics)
+        except OSError as error:
+            return f"{statistics.origin}; the step could not be kept in {folder} ({error})"
+        return f"{statistics.origin}; kept in {folder}, for mlenv.replay"
 
     def _gauges(self) -> dict[str, float]:
         return {**self.objective.gauges(), **gate_gauges(self.model)}
@@ -420,11 +454,9 @@ class Experiment:
 
     def _record_start(self) -> None:
         """Writes the config and begins the tracked run, once it is certain that the training goes on."""
-        temporary = self.output / f".{CONFIG}.part"
-        temporary.write_text(_HEADER + to_yaml(self.config))
-        temporary.replace(self.output / CONFIG)
+        write_whole(_HEADER + to_yaml(self.config), self.output / CONFIG)
         if joins := {split: source.joins for split, source in self._sources.items() if source.joins}:
-            (self.output / JOINS).write_text(json.dumps(joins, indent=2))
+            write_whole(json.dumps(joins, indent=2), self.output / JOINS)
         tracking = self.config.tracking
         if not tracking.enabled:
             return
@@ -434,6 +466,11 @@ class Experiment:
         self.keep(self.output / CONFIG)
         if joins:
             self.keep(self.output / JOINS)
+
+
+def sees_loss_for_free(device: torch.device) -> bool:
+    """Whether reading the loss of every step costs nothing: the step is done by then, and no device has to be waited for."""
+    return device.type == "cpu"
 
 
 def _plain(text: str) -> dict[str, Any]:

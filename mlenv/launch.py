@@ -16,8 +16,8 @@ __all__ = ["is_launched", "launch"]
 
 logger = logging.getLogger(__name__)
 
-USER_CODES = (2, 3)
-"""Exit codes that another try would only repeat: a wrong config or wrong data, and a gate that said no."""
+WRONG_INPUT, GATE, STOPPED = 2, 3, 75
+"""Exit codes that end all tries: a wrong config or wrong data, a gate that said no, a signal that asked to stop."""
 
 
 def launch(config: ExperimentConfig, arguments: Sequence[str]) -> int:
@@ -34,6 +34,7 @@ def launch(config: ExperimentConfig, arguments: Sequence[str]) -> int:
     Raises:
         ConfigError, Problems, DataError: the model cannot be built, or a window cannot be read.
     """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -61,7 +62,7 @@ def launch(config: ExperimentConfig, arguments: Sequence[str]) -> int:
             elastic_launch(group, sys.executable)("-m", "mlenv", *arguments)
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
-            if failure.exitcode in USER_CODES:
+            if failure.exitcode in (WRONG_INPUT, GATE, STOPPED):
                 return failure.exitcode
             last = failure.exitcode if failure.exitcode > 0 else 1
             logger.error(
@@ -70,6 +71,8 @@ def launch(config: ExperimentConfig, arguments: Sequence[str]) -> int:
                 failure.exitcode,
                 "" if attempt == config.launch.max_restarts else "; all start again",
             )
+        except SignalException:  # sent on to all, which saved what they had
+            return STOPPED
         else:
             return 0
     return last

@@ -125,15 +125,27 @@ def send_pending(output: Path) -> None:
         DataError: the folder holds no tracked run.
         MlenvError: MLflow still does not take it.
     """
-    record = load_record(output)
-    if record is None:
-        raise DataError(str(output), expected=f"the output folder of a tracked run, with {RECORD_FILE}", received="no such file")
+    record = tracked_run(output)
     _prepare_environment()
     uri = absolute_uri(os.environ.get("MLFLOW_TRACKING_URI", ""))
     try:
         Outbox(output, record, uri if without_password(uri) == record.uri else record.uri).send()
     except Exception as error:
         raise MlenvError(f"MLflow at {record.uri}: {_brief(error)}. Fix: start the server, then run this again.") from error
+
+
+def tracked_run(output: Path) -> Record:
+    """The MLflow run of an output folder.
+
+    Raises:
+        DataError: the folder holds no tracked run.
+    """
+    record = load_record(output)
+    if record is None:
+        fix = "name the output folder of a training with tracking.enabled"
+        expected = f"the output folder of a tracked run, with {RECORD_FILE}"
+        raise DataError(str(output), expected=expected, received="no such file", fix=fix)
+    return record
 
 
 def run_tags() -> dict[str, str]:

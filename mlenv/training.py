@@ -17,7 +17,7 @@ from mlenv.loops.evaluate import Evaluation, evaluate
 from mlenv.loops.fit import fit
 from mlenv.loops.journal import JOURNAL_FILE, Journal
 from mlenv.loops.ranks import is_main
-from mlenv.loops.training_run import CHECKPOINT_FOLDER, CONFIG
+from mlenv.loops.training_run import CHECKPOINT_FOLDER, CONFIG, UnseenLossError
 from mlenv.page import write_whole
 from mlenv.report import Report, write_report
 from mlenv.validation import check_baseline, validate_statistics, window_statistics
@@ -50,8 +50,18 @@ def train(config: ExperimentConfig) -> TrainingResult:
         MlenvError: the config, the columns of the data or a checkpoint cannot be used, before anything is written; or a
             value in a row cannot, when its row group is read, and then the run stays as the last checkpoint left it.
         GateError: ``checks.before_training`` is set, and the training window fails; nothing is written.
+        TrainingError: the loss of a step is no number or above ``loop.max_loss``, and ``loop.on_bad_loss`` does not skip it.
+        StoppedError: SIGTERM or SIGUSR1 came; the last step is in a checkpoint.
     """
-    with Experiment(config) as experiment:
+    try:
+        return _train(config)
+    except UnseenLossError as error:
+        logger.warning("%s Now the steps since the last checkpoint run again, and each loss is looked at first.", error)
+        return _train(config, sees_every_loss=True)
+
+
+def _train(config: ExperimentConfig, sees_every_loss: bool | None = None) -> TrainingResult:
+    with Experiment(config, sees_every_loss) as experiment:
         splits: list[Split] = [split for split in SPLITS if getattr(config.data, split) is not None]
         for split in splits:
             _ = experiment.source(split).joins  # all windows are checked before the first step
@@ -68,6 +78,7 @@ def train(config: ExperimentConfig) -> TrainingResult:
         evaluation = evaluate_and_report(experiment) if "test" in splits else None
         if evaluation is not None and is_main():
             _journal_once(Journal(experiment.output / JOURNAL_FILE), progress.step, evaluation)
+            experiment.run.journal.sync()
             for name in (METRICS, REPORT):
                 experiment.keep(experiment.output / name)
         experiment.keep(checkpoint, "model")
@@ -83,7 +94,7 @@ def evaluate_and_report(experiment: Experiment) -> Evaluation:
     if not is_main():
         return evaluation
     finite = {name: value if math.isfinite(value) else None for name, value in evaluation.metrics.items()}
-    (output / METRICS).write_text(json.dumps(finite, indent=2))
+    write_whole(json.dumps(finite, indent=2), output / METRICS)
     report = Report(
         title=experiment.config.name,
         facts=experiment.facts | _calibration_facts(experiment),

@@ -21,6 +21,7 @@ from mlenv.datasets.ray_workers import RayConfig
 from mlenv.loops.dense_optimizers import AdamWConfig
 from mlenv.modules import CrossNetConfig, RankerConfig
 from mlenv.modules.ranker import CrossingConfig
+from mlenv.tracking import MlflowTracker
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -54,6 +55,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory, ads: Path) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         enter(folder, README, patch)
         train(compose("config.yaml", ["loop.max_steps=4", "tracking.enabled=false"]))
+        # As if MLflow had not answered: what is to be sent is there.
+        MlflowTracker(folder / "work/first", uri="", experiment="mlenv", run_name="first").log_artifact(folder / "work/first/config.yaml")
     return folder
 
 

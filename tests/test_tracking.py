@@ -22,6 +22,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from mlenv import tracking
+from mlenv.cli import DONE, WRONG_INPUT, main
 from mlenv.errors import DataError, MlenvError
 from mlenv.loops.journal import JOURNAL_FILE, Journal
 from mlenv.tracking import MlflowTracker, run_tags, send_pending
@@ -268,6 +269,7 @@ def test_a_server_that_comes_and_goes_gets_every_number_once(
     start_server()
     send_pending(output)
     send_pending(output)
+    assert main(["runs", "send", str(output)]) == DONE
     assert history(client, run, "train/click/loss") == [(1, 0.5), (2, 0.25), *((step, 1 / step) for step in range(3, 103))]
     assert the_run(client).info.status == "FINISHED"
 
@@ -340,7 +342,24 @@ def test_a_damaged_record_begins_a_new_run(output: Path, caplog: pytest.LogCaptu
     assert tracker.run_id == the_run(local_client(output)).info.run_id
 
 
+def test_the_command_sends_what_is_pending(
+    output: Path, port: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    Journal(output / JOURNAL_FILE).append(1, {"train/click/loss": 0.5})
+    make_tracker(output).log_artifact(output / JOURNAL_FILE)  # the record is there, and nobody has sent anything
+    assert main(["runs", "send", str(output), "--dry-run"]) == DONE
+    assert not (output.parent / "mlflow.db").exists()
+    assert main(["runs", "send", str(output)]) == DONE
+    run = the_run(local_client(output))
+    assert history(local_client(output), run, "train/click/loss") == [(1, 0.5)]
+    printed = capsys.readouterr().out.splitlines()
+    place = f"MLflow at sqlite:///{output.parent}/mlflow.db"
+    assert printed == [f"would send what {place} has not got of {output}", f"{place} has all of run {run.info.run_id}"]
+
+
 def test_sending_from_a_folder_without_a_run_is_an_error(output: Path) -> None:
+    assert main(["runs", "send", str(output), "--dry-run"]) == WRONG_INPUT
     with pytest.raises(DataError, match=r"run 1: expected the output folder of a tracked run"):
         send_pending(output)
 

@@ -27,8 +27,8 @@ class Step:
 
 
 class Run:
-    def __init__(self, progress=None, monitored=()):
-        self.events, self.progress, self.monitored = [], progress or Progress(), list(monitored)
+    def __init__(self, progress=None, monitored=(), stop_at=None):
+        self.events, self.progress, self.monitored, self.stop_at = [], progress or Progress(), list(monitored), stop_at
 
     def restore(self):
         return self.progress
@@ -42,6 +42,13 @@ class Run:
 
     def save(self, progress):
         self.events.append(("save", progress.step))
+
+    def must_stop(self, progress):
+        return progress.step == self.stop_at
+
+    def finish(self, progress):
+        if progress.step > self.progress.step and ("save", progress.step) not in self.events:
+            self.save(progress)
 
 
 @pytest.mark.parametrize(
@@ -80,6 +87,12 @@ def test_it_stops_when_the_monitor_gets_no_better_and_stays_stopped():
     again = Run(progress)
     assert fit(Step(), Source(), again, config) == progress
     assert again.events == []
+
+
+def test_a_run_that_must_stop_is_evaluated_where_it_is_due_and_saved():
+    run = Run(stop_at=4)
+    assert fit(Step(), Source(), run, LoopConfig(evaluate_every_steps=2, checkpoint_every_steps=3)).step == 4
+    assert run.events[-3:] == [("log", 4), ("evaluate", 4), ("save", 4)]
 
 
 def test_a_better_monitor_is_one_that_gains_more_than_rounding():

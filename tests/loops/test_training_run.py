@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import resource
+
 import pytest
 import torch
 
+from mlenv.batch import START
 from mlenv.errors import TrainingError
-from mlenv.loops.checkpoint import list_checkpoints
+from mlenv.loops.checkpoint import list_checkpoints, newest_checkpoint
 from mlenv.loops.fit import Progress
+from mlenv.loops.journal import Journal
+from mlenv.loops.stop_signals import StopSignals
+from mlenv.loops.train_step import StepOutput
 from mlenv.loops.training_run import RunOptions, TrainingRun
 
 
@@ -25,6 +31,7 @@ def run_of(folder, values, monitor="click/auc"):
         started=lambda: None,
         validate=lambda: {monitor or "click/auc": next(values)},
         gauges=dict,
+        signals=StopSignals(),
     )
     return run, run.restore()
 
@@ -66,6 +73,59 @@ def test_lower_is_better_where_it_is_and_nothing_is_kept_without_a_monitor(tmp_p
     assert best(tmp_path / "loss") == [1]
     run, _ = run_of(tmp_path, [0.5], monitor="")
     assert run.evaluate(Progress(1)) == Progress(1)
+    assert best(tmp_path) == []
+
+
+@pytest.mark.parametrize(("saved_at", "written"), [([2], [2, 3]), ([2, 3], [2, 3]), ([], [3])])
+def test_the_last_checkpoint_is_written_once(tmp_path, saved_at, written):
+    run, _ = run_of(tmp_path, [])
+    for step in saved_at:
+        run.save(Progress(step))
+    run.finish(Progress(3))
+    assert [int(path.name[5:]) for path in list_checkpoints(tmp_path / "checkpoints")] == written
+    inode = (tmp_path / "checkpoints" / "step-00000003").stat().st_ino
+    again, progress = run_of(tmp_path, [])
+    again.finish(progress)
+    assert (tmp_path / "checkpoints" / "step-00000003").stat().st_ino == inode
+
+
+@pytest.fixture
+def full_disk():
+    """Lets no file grow, or lets all grow again."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda is_full: resource.setrlimit(resource.RLIMIT_FSIZE, (0 if is_full else soft, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_costs_a_checkpoint_with_one_warning_and_no_line_of_the_journal(tmp_path, full_disk, caplog):
+    run, _ = run_of(tmp_path, [])
+    output = StepOutput(4, START, torch.ones(1), torch.ones(1))
+    run.log(Progress(1), output)
+    run.save(Progress(1))
+    full_disk(True)
+    for step in (2, 3):
+        run.log(Progress(step), output)
+        run.save(Progress(step))
+    with pytest.raises(TrainingError, match=r"step 3: the last checkpoint cannot be written \(.*File too large.*\)\. Fix: make room"):
+        run.finish(Progress(3))
+    full_disk(False)
+    assert [record.message.partition(" (")[0] for record in caplog.records if record.levelname == "WARNING"] == [
+        f"{tmp_path / 'metrics.jsonl'}: cannot be written",
+        "step 2: the checkpoint cannot be written",
+    ]
+    assert "a kill would take it back to step 1" in caplog.text
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
+    run.finish(Progress(3))
+    assert newest_checkpoint(tmp_path / "checkpoints").name == "step-00000003"
+    assert [line["step"] for line in Journal(tmp_path / "metrics.jsonl").read()] == [1, 2, 3]
+
+
+def test_a_best_model_that_cannot_be_written_stops_the_training(tmp_path, full_disk):
+    run, _ = run_of(tmp_path, [0.5])
+    full_disk(True)
+    with pytest.raises(TrainingError, match="step 1: the best model cannot be written"):
+        run.evaluate(Progress(1))
+    full_disk(False)
     assert best(tmp_path) == []
 
 

@@ -1,0 +1,50 @@
+"""What a scheduler says before it takes the machine away."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any, Final, Self
+
+from mlenv.errors import StoppedError
+
+STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGUSR1)
+"""SIGTERM comes from Kubernetes, from Slurm and from ``kill``; SIGUSR1 from Slurm, when told to, before a job's time is over."""
+
+
+class StopSignals:
+    """Ends a process that is asked to end, as Ctrl-C would: StoppedError is raised wherever the program is.
+
+    While they are held, the signals are only noted, so that a training can finish its step and write it down. Leaving the context puts
+    back what acted on the signals before. Python hears of signals in the main thread only: entered in another, this does nothing.
+    """
+
+    def __init__(self) -> None:
+        self.received = ""
+        """Name of the last signal that came."""
+        self._is_held = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def hold(self) -> None:
+        """Notes signals from now on, and lets the program go on."""
+        self._is_held = True
+
+    def release(self) -> None:
+        """Lets signals end the program again; what was noted meanwhile is the caller's to see to."""
+        self._is_held = False
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.received = signal.Signals(number).name
+        if not self._is_held:
+            raise StoppedError(self.received)

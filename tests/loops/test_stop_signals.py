@@ -1,0 +1,52 @@
+"""Real signals to this process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+import pytest
+
+from mlenv.errors import StoppedError
+from mlenv.loops.stop_signals import STOP_SIGNALS, StopSignals
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_signal_ends_what_is_going_on_and_is_noted_while_held(number):
+    with StopSignals() as signals:
+        with pytest.raises(StoppedError, match=number.name):
+            os.kill(os.getpid(), number)
+        signals.received = ""
+        signals.hold()
+        os.kill(os.getpid(), number)
+        assert signals.received == number.name
+        signals.release()
+        with pytest.raises(StoppedError):
+            os.kill(os.getpid(), number)
+    assert signal.getsignal(number) == signal.SIG_DFL
+
+
+def test_it_is_no_failure_that_somebody_may_catch():
+    assert not issubclass(StoppedError, Exception)
+
+
+def test_one_inside_another_puts_back_the_outer_one():
+    with StopSignals() as outer:
+        outer.hold()
+        with StopSignals():
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert outer.received == "SIGTERM"
+
+
+def test_another_thread_leaves_the_signals_alone():
+    def enter():
+        with StopSignals():
+            handlers.append(signal.getsignal(signal.SIGTERM))
+
+    handlers = []
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert handlers == [signal.SIG_DFL]
