@@ -181,7 +181,8 @@ class Numbers:
         keys, codes = np.unique(_bin_keys(numbers), return_inverse=True)
         bins = Counts.of(keys, tally(codes, len(keys), outcomes), None, UNBOUNDED)
         mean = float(numbers.mean()) if len(numbers) else 0.0
-        low, high = float(numbers.min(initial=math.inf)), float(numbers.max(initial=-math.inf))
+        # Adding 0 makes one zero of both: which of them is the lesser hangs on the order of the parts.
+        low, high = float(numbers.min(initial=math.inf)) + 0.0, float(numbers.max(initial=-math.inf)) + 0.0
         return cls(bins, mean, float(((numbers - mean) ** 2).sum()), low, high)
 
     def merged(self, other: Numbers) -> Numbers:

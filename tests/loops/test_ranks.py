@@ -84,13 +84,14 @@ def test_two_processes_have_the_curve_of_one_and_their_checkpoint_is_read_by_any
     trained = metrics(tmp_path / "two")
     for name, value in metrics(tmp_path / "one").items():
         assert trained[name] == pytest.approx(value, abs=1e-4, nan_ok=True), name
-    for number in (1, 3):
+    for number in (1, 3) if engine == "torchrec" else (3,):
         # A step of another size is another training, so the batch size stays that of two.
         run(command("evaluate", "two", number, *ENGINES[engine], f"data.batch_size={GROUP}"))
         for name, value in metrics(tmp_path / "two").items():
             assert trained[name] == pytest.approx(value, abs=1e-6, nan_ok=True), name
-    said = run(command("train", "two", 3, *ENGINES[engine], f"data.batch_size={GROUP}"), code=2)
-    assert "expected 2 processes, among which the data were divided" in said
+    if engine == "torch":
+        said = run(command("train", "two", 3, *ENGINES[engine], f"data.batch_size={GROUP}"), code=2)
+        assert "expected 2 processes, among which the data were divided" in said
 
 
 @pytest.mark.slow
