@@ -89,11 +89,11 @@ def test_a_signal_after_the_last_step_ends_the_evaluation(demo_arguments, tmp_pa
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-NUM_KILLS = 10
+NUM_KILLS = 5
 
 
 @pytest.mark.slow
-def test_a_training_that_is_killed_ten_times_ends_with_the_same_bits(demo_arguments, tmp_path):
+def test_a_training_that_is_killed_again_and_again_ends_with_the_same_bits(demo_arguments, tmp_path):
     """Anywhere in the steps, half of whose time goes into checkpoints."""
     settings = ["data.num_epochs=24", "loop.log_every_steps=1", "loop.checkpoint_every_steps=2"]
     train(config(demo_arguments(*settings, output="undisturbed")))
