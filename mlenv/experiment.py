@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from mlenv.batch import Extra, example_batch
 from mlenv.composition import from_plain, to_plain, to_yaml
 from mlenv.config import CALIBRATORS, ExperimentConfig
+from mlenv.dataset_record import DATASET_FILE, DatasetRecord, check_same_content, mlflow_inputs, read_dataset_record, record_dataset
 from mlenv.datasets.parquet_source import ParquetSource
 from mlenv.errors import CheckpointError, ConfigError, MlenvError
 from mlenv.kinds import kind_of
@@ -33,6 +34,7 @@ from mlenv.loops.training_run import BEST_FOLDER, CHECKPOINT_FOLDER, CONFIG, Run
 from mlenv.loops.training_state import model_tensors, optimizer_tensors, parameter_names
 from mlenv.modules import ENGINES, NumericNormalization, Objective, gate_gauges
 from mlenv.modules.distillation import Teach
+from mlenv.page import write_whole
 from mlenv.schema import Schema
 from mlenv.teacher import Teacher, teacher_of
 from mlenv.tracking import MlflowTracker, run_tags
@@ -49,7 +51,8 @@ NAMED_FACTS = 25
 """Row groups that were passed over, and findings about the data, that the facts of a run name; the log has all."""
 
 _MAY_CHANGE = (
-    *("name", "output", "tracking.", "checks.", "calibration.", "data.path", "data.test", "data.workers."),
+    *("name", "output", "tracking.", "checks.", "calibration."),
+    *("data.path", "data.test", "data.workers.", "data.content_hash"),
     *("loop.log_every_steps", "loop.checkpoint_every_steps", "loop.keep_checkpoints", "loop.stop_after_evaluations", "loop.device"),
 )
 """Keys that a resumed training may set anew; any other would make it another model."""
@@ -179,6 +182,13 @@ class Experiment:
             self._sources[split] = self._open_source(split)
         return self._sources[split]
 
+    @cached_property
+    def dataset(self) -> DatasetRecord:
+        """What all windows of the config hold, file by file; files that an earlier training here recorded are not read again."""
+        splits: list[Split] = [split for split in SPLITS if getattr(self.config.data, split) is not None]
+        sources = {split: self.source(split) for split in splits}
+        return record_dataset(self.config.data, sources, self.schema.fingerprint, self._known_dataset)
+
     def load(self) -> Path:
         """Loads a checkpoint into the model, for evaluation, and returns it: the best with ``loop.monitor``, else the newest.
 
@@ -221,6 +231,12 @@ class Experiment:
     @property
     def _teacher_fingerprint(self) -> dict[str, str]:
         return {"teacher": self.teach.fingerprint} if isinstance(self.teach, Teacher) else {}
+
+    @property
+    def _known_dataset(self) -> DatasetRecord | None:
+        """What an earlier training here wrote of its data."""
+        file = self.output / DATASET_FILE
+        return read_dataset_record(file) if file.exists() else None
 
     @property
     def _extras(self) -> tuple[Extra, ...]:
@@ -360,6 +376,8 @@ class Experiment:
         if changed:
             fix = "put them back, or train in another output folder"
             raise CheckpointError(f"{checkpoint}, config", expected="the values it was trained with", received="; ".join(changed), fix=fix)
+        if known := self._known_dataset:
+            check_same_content(known, self.dataset, checkpoint)
 
     def _occupy(self) -> None:
         """Makes the output folder and keeps a second training out of it."""
@@ -378,6 +396,7 @@ class Experiment:
 
     def _record_start(self) -> None:
         """Writes the config and begins the tracked run, once it is certain that the training goes on."""
+        write_whole(self.dataset.to_json(), self.output / DATASET_FILE)
         temporary = self.output / f".{CONFIG}.part"
         temporary.write_text(_HEADER + to_yaml(self.config))
         temporary.replace(self.output / CONFIG)
@@ -389,7 +408,9 @@ class Experiment:
         self._tracker = MlflowTracker(self.output, uri=tracking.uri, experiment=tracking.experiment, run_name=self.config.name)
         params = {key: str(value) for key, value in _flat(to_plain(self.config)).items() if not key.startswith("schema.")}
         self._tracker.start(params, self.facts)
+        self._tracker.log_inputs(mlflow_inputs(self.dataset))
         self.keep(self.output / CONFIG)
+        self.keep(self.output / DATASET_FILE)
         if joins:
             self.keep(self.output / JOINS)
 
