@@ -19,7 +19,7 @@ from mlenv.cli import DONE, GATE, WRONG_INPUT, main
 from mlenv.dataset_record import changes_since, differences, mlflow_inputs, read_dataset_record
 from mlenv.errors import CheckpointError, DataError
 
-SHORT = ["loop.max_steps=2"]
+SHORT = ["loop.max_steps=2", "loop.learning_rate_decay=none"]
 PARTS = [f"date=2026-01-0{day}/part-00000.parquet" for day in (1, 2, 3)]
 
 
@@ -153,7 +153,8 @@ def test_a_record_that_is_damaged_or_of_another_version_is_refused(run):
 
 def test_two_inputs_of_mlflow_for_one_window_that_is_read_twice(run):
     record = read_dataset_record(
-        run("data.validation.start=2026-01-03", "data.validation.end=2026-01-03", "data.test.end=2026-01-03") / "dataset.json"
+        run("loop.evaluate_every_steps=2", "data.validation.start=2026-01-03", "data.validation.end=2026-01-03", "data.test.end=2026-01-03")
+        / "dataset.json"
     )
     inputs = {one["context"]: one for one in mlflow_inputs(record)}
     assert inputs.keys() == {"train", "validation", "test"}
