@@ -12,11 +12,14 @@ from typing import Any, Final, TypeVar
 
 import xxhash
 
-from mlenv.composition import to_plain
-from mlenv.config import TRANSFORMS, DataConfig, WindowConfig
+from mlenv.composition import from_plain, to_plain
+from mlenv.config import TRANSFORMS, DataConfig, TableTransform, TableTransformConfig, TransformConfig, WindowConfig, WindowTransformConfig
 from mlenv.datasets.parquet_source import ParquetSource, list_files, open_folder, partitions
 from mlenv.datasets.stored_files import ContentHash, StoredFile, describe_files
 from mlenv.errors import CheckpointError, DataError
+from mlenv.kinds import kind_field
+from mlenv.schema import Schema
+from mlenv.transforms import open_tables
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +68,8 @@ class DatasetRecord:
     """``data.path``, absolute."""
     content_hash: ContentHash
     schema_fingerprint: str
+    event_time: str
+    """``schema.event_time``, which joins go by."""
     transforms: list[dict[str, Any]]
     """As in the config."""
     windows: dict[str, WindowRecord]
@@ -75,7 +80,7 @@ class DatasetRecord:
 
 
 def record_dataset(
-    config: DataConfig, sources: Mapping[_Split, ParquetSource], schema_fingerprint: str, known: DatasetRecord | None
+    config: DataConfig, sources: Mapping[_Split, ParquetSource], schema: Schema, known: DatasetRecord | None
 ) -> DatasetRecord:
     """Reads the files of the windows to the last byte, unless ``data.content_hash`` says otherwise.
 
@@ -106,7 +111,7 @@ def record_dataset(
                 f"data.transforms[{place}]": {"table": str(transforms[place].get("table", "")), "fingerprint": fingerprint}
                 for place, fingerprint in source.table_fingerprints.items()
             },
-            passed_over=source.skipped,
+            passed_over=tuple(line.removeprefix(f"{folder}/") for line in source.skipped),
             findings=source.findings,
             files=tuple(files[file] for file in source.files),
         )
@@ -114,7 +119,8 @@ def record_dataset(
     return DatasetRecord(
         path=config.path if "://" in config.path else str(Path(config.path).resolve()),
         content_hash=config.content_hash,
-        schema_fingerprint=schema_fingerprint,
+        schema_fingerprint=schema.fingerprint,
+        event_time=schema.event_time,
         transforms=transforms,
         windows={split: record(split, source) for split, source in sources.items()},
     )
@@ -218,25 +224,45 @@ def _window_differences(one: WindowRecord, other: WindowRecord) -> list[str]:
 
 
 def changes_since(record: DatasetRecord) -> list[str]:
-    """Files that are gone, new or other than the record says, in words. What was recorded by all its bytes is read to the last byte.
+    """Files and tables that are gone, new or other than the record says, in words. What was recorded by all its bytes is read to
+    the last byte.
 
     Raises:
-        DataError: the data set is not there any more, or a file cannot be read.
+        DataError: the data set or a table is not there any more, or cannot be read.
     """
     filesystem, folder = open_folder(record.path)
+    tables = _table_fingerprints(record)
     found = []
     for split, window in record.windows.items():
         listed = [str(PurePosixPath(file).relative_to(folder)) for file in list_files(filesystem, folder, window.window.path)]
         chosen = [file for file in listed if window.window.holds(partitions(file).get("date", ""))]
         kept = [file.path for file in window.files if file.path in chosen]
         passed_over = {line.partition(", row group ")[0] for line in window.passed_over}
-        new = [file for file in chosen if file not in set(kept) and str(PurePosixPath(folder, file)) not in passed_over]
+        new = [file for file in chosen if file not in set(kept) and file not in passed_over]
         now = describe_files(filesystem, folder, kept, record.content_hash)
         _, removed, changed = compare_files(window.files, now)
         for sign, paths in (("added", new), ("removed", removed), ("changed", changed)):
             if paths:
                 found.append(f"{split}: {_count(len(paths), 'file')} {sign}: {', '.join(_names(paths))}")
+        for place, fingerprint in tables.items():
+            before = window.joins.get(place, {}).get("fingerprint", fingerprint)
+            if before != fingerprint:
+                found.append(f"{split}: table of {place} changed: {window.joins[place]['table']}, {before} became {fingerprint}")
     return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Transforms:
+    transforms: tuple[TransformConfig | WindowTransformConfig | TableTransformConfig, ...] = kind_field(TRANSFORMS, default=())
+
+
+def _table_fingerprints(record: DatasetRecord) -> dict[str, str]:
+    """Of the tables that the record's transforms join, as they are now, by key of the config."""
+    if not any(window.joins for window in record.windows.values()):
+        return {}
+    transforms = from_plain({"transforms": record.transforms}, _Transforms, DATASET_FILE).transforms
+    opened = enumerate(open_tables(transforms, record.event_time))
+    return {f"data.transforms[{place}]": table.fingerprint for place, table in opened if isinstance(table, TableTransform)}
 
 
 def summary(record: DatasetRecord, *, with_files: bool = False) -> str:

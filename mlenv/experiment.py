@@ -187,7 +187,7 @@ class Experiment:
         """What all windows of the config hold, file by file; files that an earlier training here recorded are not read again."""
         splits: list[Split] = [split for split in SPLITS if getattr(self.config.data, split) is not None]
         sources = {split: self.source(split) for split in splits}
-        return record_dataset(self.config.data, sources, self.schema.fingerprint, self._known_dataset)
+        return record_dataset(self.config.data, sources, self.schema, self._known_dataset)
 
     def load(self) -> Path:
         """Loads a checkpoint into the model, for evaluation, and returns it: the best with ``loop.monitor``, else the newest.

@@ -83,7 +83,12 @@ def test_transforms_and_joined_tables_are_told(run, log, tmp_path):
     assert [transform["kind"] for transform in record.transforms] == ["join", "filter"]
     joined = record.windows["train"].joins["data.transforms[0]"]
     assert joined["table"] == f"{tmp_path}/scores"
+    assert changes_since(record) == []
     pq.write_table(table.slice(1), tmp_path / "scores" / "a.parquet")
+    changes = changes_since(record)
+    assert [line.partition(", ")[0] for line in changes] == [
+        f"{split}: table of data.transforms[0] changed: {tmp_path}/scores" for split in ("train", "test")
+    ]
     other = read_dataset_record(run(transforms, output="two") / "dataset.json")
     found = [line for line in differences(record, other) if "table of" in line]
     assert found == [
@@ -96,7 +101,7 @@ def test_transforms_and_joined_tables_are_told(run, log, tmp_path):
 def test_what_was_passed_over_is_told(run, log):
     (log / "date=2026-01-01" / "part-00001.parquet").write_bytes(b"half a file")
     record = read_dataset_record(run("data.on_bad_file=skip", "data.max_bad_row_groups=1") / "dataset.json")
-    assert record.windows["train"].passed_over == (str(log / "date=2026-01-01" / "part-00001.parquet"),)
+    assert record.windows["train"].passed_over == ("date=2026-01-01/part-00001.parquet",)
     assert [file.path for file in record.windows["train"].files] == PARTS[:2]
     assert changes_since(record) == []
 

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import xxhash
 
+from mlenv.datasets.parquet_source import open_folder
 from mlenv.datasets.stored_files import describe_files
 from mlenv.errors import DataError
 
@@ -67,6 +68,34 @@ def test_only_an_untouched_file_is_not_read_again(tmp_path: Path) -> None:
     os.utime(file, ns=(time_ns, time_ns + 1))
     (again,) = describe_files(LOCAL, str(tmp_path), ["a.parquet"], "bytes", {"a.parquet": first})
     assert again.content == xxhash.xxh3_128_hexdigest(file.read_bytes()) != first.content
+
+
+def test_files_behind_a_url_are_the_same_files(tmp_path: Path) -> None:
+    write(tmp_path, "a.parquet", [1, 2])
+    (local,) = describe_files(LOCAL, str(tmp_path), ["a.parquet"], "bytes")
+    for url in (f"file://{tmp_path}", f"local://{tmp_path}"):  # Arrow's and fsspec's
+        filesystem, folder = open_folder(url)
+        (found,) = describe_files(filesystem, folder, ["a.parquet"], "bytes")
+        assert found.holds_the_same(local)
+        assert found.footer == local.footer
+
+
+def test_a_file_system_that_knows_no_times_has_its_files_read_again() -> None:
+    import fsspec
+
+    class Timeless(fsspec.get_filesystem_class("memory")):
+        def info(self, path, **options):
+            return {key: value for key, value in super().info(path, **options).items() if key != "created"}
+
+    store = Timeless()
+    stored = pa.BufferOutputStream()
+    pq.write_table(pa.table({"x": [1, 2]}), stored)
+    store.pipe_file("/log/a.parquet", stored.getvalue().to_pybytes())
+    filesystem = pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(store))
+    (found,) = describe_files(filesystem, "/log", ["a.parquet"], "bytes")
+    assert found.modified_ns is None
+    assert not found.is_untouched(found)
+    assert found.content == xxhash.xxh3_128_hexdigest(stored.getvalue().to_pybytes())
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1", b"no Parquet file at all"])
