@@ -164,7 +164,7 @@ def check_same_content(known: DatasetRecord, now: DatasetRecord, checkpoint: Pat
             continue
         _, _, changed = compare_files(before.files, after.files)
         if changed:
-            what = {"train": "training"}.get(split, split)
+            what = "training" if split == "train" else split
             received = ", ".join(_names(changed)) + f", with other contents than {DATASET_FILE} tells of"
             fix = "put the files back as they were, or start over with another output"
             raise CheckpointError(f"{checkpoint}, {what} data", expected="the files it was trained with", received=received, fix=fix)
@@ -235,10 +235,11 @@ def changes_since(record: DatasetRecord) -> list[str]:
     found = []
     for split, window in record.windows.items():
         listed = [str(PurePosixPath(file).relative_to(folder)) for file in list_files(filesystem, folder, window.window.path)]
-        chosen = [file for file in listed if window.window.holds(partitions(file).get("date", ""))]
+        # A dict, for its order: a window may have very many files.
+        chosen = dict.fromkeys(file for file in listed if window.window.holds(partitions(file).get("date", "")))
         kept = [file.path for file in window.files if file.path in chosen]
-        passed_over = {line.partition(", row group ")[0] for line in window.passed_over}
-        new = [file for file in chosen if file not in set(kept) and file not in passed_over]
+        expected = {*kept, *(line.partition(", row group ")[0] for line in window.passed_over)}
+        new = [file for file in chosen if file not in expected]
         now = describe_files(filesystem, folder, kept, record.content_hash)
         _, removed, changed = compare_files(window.files, now)
         for sign, paths in (("added", new), ("removed", removed), ("changed", changed)):
@@ -325,7 +326,8 @@ def _typed(columns: Mapping[str, str]) -> list[str]:
 
 def _moved(one: Sequence[str], other: Sequence[str]) -> list[tuple[str, list[str]]]:
     """What came and went, with the word for it; leaves out what did not happen."""
-    signs = (("added", [name for name in other if name not in set(one)]), ("removed", [name for name in one if name not in set(other)]))
+    before, after = set(one), set(other)
+    signs = (("added", [name for name in other if name not in before]), ("removed", [name for name in one if name not in after]))
     return [(sign, names) for sign, names in signs if names]
 
 

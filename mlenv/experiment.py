@@ -51,9 +51,9 @@ NAMED_FACTS = 25
 """Row groups that were passed over, and findings about the data, that the facts of a run name; the log has all."""
 
 _MAY_CHANGE = (
-    *("name", "output", "tracking.", "checks.", "calibration."),
-    *("data.path", "data.test", "data.workers.", "data.content_hash"),
+    *("name", "output", "tracking.", "checks.", "calibration.", "data.path", "data.test", "data.workers."),
     *("loop.log_every_steps", "loop.checkpoint_every_steps", "loop.keep_checkpoints", "loop.stop_after_evaluations", "loop.device"),
+    "data.content_hash",
 )
 """Keys that a resumed training may set anew; any other would make it another model."""
 
