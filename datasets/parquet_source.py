@@ -162,6 +162,27 @@ class ParquetSource:
         """
         return self._read(group, columns)
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Paths under ``data.path`` of the files of the window whose footers can be read, in order."""
+        return tuple(self.relative(file) for file in self._footers)
+
+    @property
+    def num_stored_rows(self) -> int:
+        """Rows of these files, those that cannot be read or that transforms drop included."""
+        return sum(footer.num_rows for footer in self._footers.values())
+
+    @property
+    def stored_columns(self) -> dict[str, str]:
+        """Columns that are read of the files, with their types in the first of them."""
+        columns = self.stored_schema(next(iter(self._footers)))
+        return {name: str(columns.field(name).type) for name in self._plan.stored}
+
+    @property
+    def table_fingerprints(self) -> dict[int, str]:
+        """Of the tables that are joined, by place in ``data.transforms``."""
+        return {place: table.fingerprint for place, table in self._tables}
+
     def relative(self, file: str) -> str:
         """A file's path under ``data.path``."""
         return str(PurePosixPath(file).relative_to(self._data))
@@ -496,27 +517,14 @@ class ParquetSource:
 
     def _partitions(self, file: str) -> dict[str, str]:
         """Keys and values of the folders ``key=value`` that a file lies in; they act as text columns."""
-        return dict(part.split("=", 1) for part in PurePosixPath(file).relative_to(self._data).parts[:-1] if "=" in part)
+        return partitions(self.relative(file))
 
     def _columns(self, file: str, footer: pq.FileMetaData) -> pa.Schema:
         types = {field.name: field.type for field in footer.schema.to_arrow_schema()}
         return pa.schema(types | dict.fromkeys(self._partitions(file), pa.string()))
 
     def _list_files(self) -> list[str]:
-        info = self._filesystem.get_file_info(self._root)
-        if info.type == pyarrow.fs.FileType.NotFound:
-            raise NoFilesError(
-                self._root, expected="a folder of Parquet files", received="nothing there", fix="set data.path, or write the data first"
-            )
-        if info.type == pyarrow.fs.FileType.File:
-            return [self._root]
-        selector = pyarrow.fs.FileSelector(self._root, recursive=True)
-        files = (entry.path for entry in self._filesystem.get_file_info(selector) if entry.is_file and entry.path.endswith(".parquet"))
-        return sorted(file for file in files if not self._is_hidden(file))
-
-    def _is_hidden(self, file: str) -> bool:
-        """Whether a name on the way begins as those of unfinished output do: ``_temporary``, ``.part``."""
-        return any(part.startswith(("_", ".")) for part in PurePosixPath(file).relative_to(self._data).parts)
+        return list_files(self._filesystem, self._data, self._window.path)
 
     def _try_footer(self, file: str) -> pq.FileMetaData | DataError:
         try:
@@ -532,6 +540,30 @@ class ParquetSource:
         except (OSError, pa.ArrowException) as error:
             fix = "write the file again, or take it out of the folder"
             raise DataError(file, expected="a whole Parquet file", received=" ".join(str(error).split()), fix=fix) from error
+
+
+def list_files(filesystem: pyarrow.fs.FileSystem, folder: str, inside: str) -> list[str]:
+    """Parquet files of all days in a part of a data set's folder, or the one file that the part is, in the order of their paths.
+
+    Raises:
+        NoFilesError: there is no such part.
+    """
+    root = str(PurePosixPath(folder, inside))
+    info = filesystem.get_file_info(root)
+    if info.type == pyarrow.fs.FileType.NotFound:
+        raise NoFilesError(
+            root, expected="a folder of Parquet files", received="nothing there", fix="set data.path, or write the data first"
+        )
+    if info.type == pyarrow.fs.FileType.File:
+        return [root]
+    selector = pyarrow.fs.FileSelector(root, recursive=True)
+    files = (entry.path for entry in filesystem.get_file_info(selector) if entry.is_file and entry.path.endswith(".parquet"))
+    return sorted(file for file in files if not _is_hidden(PurePosixPath(file).relative_to(folder)))
+
+
+def partitions(file: str) -> dict[str, str]:
+    """Keys and values of the folders ``key=value`` on the way to a file."""
+    return dict(part.split("=", 1) for part in PurePosixPath(file).parts[:-1] if "=" in part)
 
 
 def open_folder(path: str) -> tuple[pyarrow.fs.FileSystem, str]:
@@ -558,6 +590,11 @@ def open_folder(path: str) -> tuple[pyarrow.fs.FileSystem, str]:
                 "data.path", expected="a local path, or a URL that Arrow or fsspec knows", received=path, fix=str(error)
             ) from error
         return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(opened)), inside
+
+
+def _is_hidden(file: PurePosixPath) -> bool:
+    """Whether a name on the way begins as those of unfinished output do: ``_temporary``, ``.part``."""
+    return any(part.startswith(("_", ".")) for part in file.parts)
 
 
 def _shuffled_requests(requests: Integers, generator: np.random.Generator) -> Integers:

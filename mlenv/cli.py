@@ -94,9 +94,9 @@ def _parser() -> argparse.ArgumentParser:
             )
             made.add_argument("--out", type=Path, help="folder for validation.json, validation.html and statistics.json")
 
-    data = verbs.add_parser("data", help="Make or convert data sets.", description="Make or convert data sets.").add_subparsers(
-        required=True, metavar="VERB"
-    )
+    data = verbs.add_parser(
+        "data", help="Make, convert or look up data sets.", description="Make, convert or look up data sets."
+    ).add_subparsers(required=True, metavar="VERB")
     made = verb(
         data, "simulate", _simulate, "Write an ads log of several days whose truth is known. Settings as key=value, such as num_days=7."
     )
@@ -118,6 +118,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     made.add_argument("config", type=Path, help="YAML file; settings may follow as key=value")
     made.add_argument("--out", type=Path, required=True, help="new folder for the data set")
+
+    made = verb(data, "show", _show_dataset, "Tell what a run was trained on; exit code 3 when --verify finds other files now.")
+    made.add_argument("name", metavar="RUN", help="output folder, MLflow run id, runs:/ID, models:/NAME@ALIAS or models:/NAME/VERSION")
+    made.add_argument("--files", action="store_true", help="list the files with their hashes")
+    made.add_argument("--uri", default="", help="where MLflow is, as in tracking.uri")
+    beside = made.add_mutually_exclusive_group()
+    beside.add_argument("--against", metavar="RUN", default="", help="another run; prints what it read otherwise")
+    beside.add_argument("--verify", action="store_true", help="compare the record with the files as they are now")
 
     runs = verbs.add_parser("runs", help="Look after tracked runs.", description="Look after tracked runs.").add_subparsers(
         required=True, metavar="VERB"
@@ -268,6 +276,26 @@ def _send(options: argparse.Namespace) -> int:
     send_pending(options.output)
     print(f"MLflow at {uri} has all of run {tracked_run(options.output).run_id}")
     return DONE
+
+
+def _show_dataset(options: argparse.Namespace) -> int:
+    if options.dry_run:
+        print(f"would show what {options.name} was trained on" + (f", against {options.against}" if options.against else ""))
+        return DONE
+    from mlenv.dataset_record import changes_since, differences, summary
+    from mlenv.dataset_show import find_record
+
+    record = find_record(options.name, options.uri)
+    if options.against:
+        found = differences(record, find_record(options.against, options.uri))
+        print("\n".join(found) if found else "both read the same")
+        return DONE
+    print(summary(record, with_files=options.files))
+    if not options.verify:
+        return DONE
+    changes = changes_since(record)
+    print("\n".join(changes) if changes else "the files are as they were")
+    return GATE if changes else DONE
 
 
 def _ui(options: argparse.Namespace) -> int:

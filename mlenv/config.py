@@ -364,6 +364,8 @@ class DataConfig:
     """skip passes over row groups that cannot be read; to know them before the first step the rows are read once more."""
     max_bad_row_groups: int = 0
     """Row groups of a window that may be passed over; a file without a readable footer counts as one."""
+    content_hash: Literal["bytes", "footers"] = "bytes"
+    """What ``dataset.json`` tells files by: all their bytes, or their Parquet footers alone where reading all would take too long."""
     batch_size: int = 4096
     """Examples per step and rank."""
     num_epochs: int = 1

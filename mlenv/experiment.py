@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from mlenv.batch import Batch, Extra, example_batch
 from mlenv.composition import from_plain, to_plain, to_yaml
 from mlenv.config import BALANCES, CALIBRATORS, ExperimentConfig
+from mlenv.dataset_record import DATASET_FILE, DatasetRecord, check_same_content, mlflow_inputs, read_dataset_record, record_dataset
 from mlenv.datasets.parquet_source import ParquetSource
 from mlenv.errors import CheckpointError, ConfigError, MlenvError
 from mlenv.kinds import kind_of
@@ -64,6 +65,7 @@ _MAY_CHANGE = (
     *("name", "output", "tracking.", "checks.", "calibration.", "data.path", "data.test", "data.workers.", "launch."),
     *("loop.log_every_steps", "loop.checkpoint_every_steps", "loop.keep_checkpoints", "loop.stop_after_evaluations", "loop.device"),
     *("loop.on_bad_loss", "loop.max_loss", "loop.max_skipped_steps", "loop.hang_timeout_seconds"),
+    "data.content_hash",
 )
 """Keys that a resumed training may set anew; any other would make it another model."""
 
@@ -238,6 +240,13 @@ class Experiment:
             self._sources[split] = self._open_source(split)
         return self._sources[split]
 
+    @cached_property
+    def dataset(self) -> DatasetRecord:
+        """What all windows of the config hold, file by file; files that an earlier training here recorded are not read again."""
+        splits: list[Split] = [split for split in SPLITS if getattr(self.config.data, split) is not None]
+        sources = {split: self.source(split) for split in splits}
+        return record_dataset(self.config.data, sources, self.schema, self._known_dataset)
+
     def load(self) -> Path:
         """Loads a checkpoint into the model, for evaluation, and returns it: the best with ``loop.monitor``, else the newest. With
         ``loop.ema_decay`` the model has the averaged weights then.
@@ -282,6 +291,12 @@ class Experiment:
     @property
     def _teacher_fingerprint(self) -> dict[str, str]:
         return {"teacher": self.teach.fingerprint} if isinstance(self.teach, Teacher) else {}
+
+    @property
+    def _known_dataset(self) -> DatasetRecord | None:
+        """What an earlier training here wrote of its data."""
+        file = self.output / DATASET_FILE
+        return read_dataset_record(file) if file.exists() else None
 
     @property
     def _extras(self) -> tuple[Extra, ...]:
@@ -436,6 +451,8 @@ class Experiment:
         if changed:
             fix = "put them back, or train in another output folder"
             raise CheckpointError(f"{checkpoint}, config", expected="the values it was trained with", received="; ".join(changed), fix=fix)
+        if known := self._known_dataset:
+            check_same_content(known, self.dataset, checkpoint)
 
     def _occupy(self) -> None:
         """Makes the output folder and keeps a second training out of it."""
@@ -454,6 +471,7 @@ class Experiment:
 
     def _record_start(self) -> None:
         """Writes the config and begins the tracked run, once it is certain that the training goes on."""
+        write_whole(self.dataset.to_json(), self.output / DATASET_FILE)
         write_whole(_HEADER + to_yaml(self.config), self.output / CONFIG)
         if joins := {split: source.joins for split, source in self._sources.items() if source.joins}:
             write_whole(json.dumps(joins, indent=2), self.output / JOINS)
@@ -463,7 +481,9 @@ class Experiment:
         self._tracker = MlflowTracker(self.output, uri=tracking.uri, experiment=tracking.experiment, run_name=self.config.name)
         params = {key: str(value) for key, value in _flat(to_plain(self.config)).items() if not key.startswith("schema.")}
         self._tracker.start(params, self.facts)
+        self._tracker.log_inputs(mlflow_inputs(self.dataset))
         self.keep(self.output / CONFIG)
+        self.keep(self.output / DATASET_FILE)
         if joins:
             self.keep(self.output / JOINS)
 

@@ -29,6 +29,7 @@ T = TypeVar("T")
 RECORD_FILE: Final = "tracking.json"
 
 _KEY_TAG: Final = "mlenv.key"
+_CONTEXT_TAG: Final = "mlflow.data.context"
 _KEY_LENGTH: Final = 250
 _PARAM_LENGTH: Final = 500  # what every MLflow server takes; the whole config is in the run as a file
 _METRICS_PER_BATCH: Final = 1000
@@ -50,6 +51,8 @@ class Record:
     tags: dict[str, str] = field(default_factory=dict)
     artifacts: tuple[tuple[str, str], ...] = ()
     """What is still to be sent: paths seen from the output folder, and folders in the run."""
+    inputs: tuple[dict[str, str], ...] = ()
+    """Data sets that are still to be sent: what MLflow's ``Dataset`` takes, and ``context``."""
     status: str = "RUNNING"
     start_ms: int = field(default_factory=lambda: now_ms())
     end_ms: int | None = None
@@ -86,6 +89,7 @@ class Outbox:
             client = self._client or self._connect()
             self._send_metrics(client)
             self._send_status(client)
+            self._send_inputs(client)
             self._send_artifacts(client)  # last, so that one that cannot be sent leaves nothing else open
         except Exception:
             self._client = None
@@ -149,6 +153,23 @@ class Outbox:
             client.set_terminated(record.run_id, record.status, record.end_ms)
         self._status = record.status
 
+    def _send_inputs(self, client: MlflowClient) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        inputs = self.record.inputs
+        if not inputs:
+            return
+        sent = client.get_run(self.record.run_id).inputs
+        arrived = {(one.dataset.name, one.dataset.digest) for one in sent.dataset_inputs} if sent else set()
+        new = [
+            DatasetInput(Dataset(**{key: text for key, text in one.items() if key != "context"}), [InputTag(_CONTEXT_TAG, one["context"])])
+            for one in inputs
+            if (one["name"], one["digest"]) not in arrived
+        ]
+        if new:
+            client.log_inputs(self.record.run_id, datasets=new)
+        self.change(lambda record: replace(record, inputs=record.inputs[len(inputs) :]))
+
     def _send_artifacts(self, client: MlflowClient) -> None:
         while self.record.artifacts:
             place, folder = self.record.artifacts[0]
@@ -167,7 +188,8 @@ def load_record(output: Path) -> Record | None:
     path = output / RECORD_FILE
     try:
         entries = json.loads(path.read_text())
-        return Record(**entries | {"artifacts": tuple((place, folder) for place, folder in entries["artifacts"])})
+        artifacts = tuple((place, folder) for place, folder in entries["artifacts"])
+        return Record(**entries | {"artifacts": artifacts, "inputs": tuple(entries.get("inputs", ()))})
     except FileNotFoundError:
         return None
     except (ValueError, TypeError, KeyError) as error:

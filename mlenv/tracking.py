@@ -13,7 +13,7 @@ import os
 import platform
 import subprocess
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -36,6 +36,7 @@ _ENVIRONMENT: Final = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the thread below tries again, without a warning each time
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_LOGGING_LEVEL": "ERROR",  # of Alembic too, which tells of every table of a new database
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
 
@@ -74,7 +75,7 @@ class MlflowTracker:
 
     def start(self, params: Mapping[str, str], tags: Mapping[str, str]) -> None:
         """Begins to follow the journal. MLflow keeps the first value of a parameter; a tag takes the last."""
-        _prepare_environment()
+        prepare_environment()
         self._outbox.change(lambda record: replace(record, params=dict(params), tags=dict(tags), status="RUNNING", end_ms=None))
         self._thread = threading.Thread(target=self._follow, name="mlflow-tracker", daemon=True)
         self._thread.start()
@@ -83,6 +84,10 @@ class MlflowTracker:
         """Adds a file, or a directory with all that is in it, to the run, in the folder of that name."""
         artifact = (os.path.relpath(path.resolve(), self._outbox.output), folder)
         self._outbox.change(lambda record: replace(record, artifacts=(*record.artifacts, artifact)))
+
+    def log_inputs(self, inputs: Sequence[Mapping[str, str]]) -> None:
+        """Adds data sets to what the run read; each has what MLflow's ``Dataset`` takes, and ``context``, such as train."""
+        self._outbox.change(lambda record: replace(record, inputs=(*record.inputs, *map(dict, inputs))))
 
     def finish(self, status: Status, timeout_seconds: float = 30.0) -> None:
         """Sends the rest and closes the run. What MLflow does not take within the timeout stays for ``send_pending``."""
@@ -126,7 +131,7 @@ def send_pending(output: Path) -> None:
         MlenvError: MLflow still does not take it.
     """
     record = tracked_run(output)
-    _prepare_environment()
+    prepare_environment()
     uri = absolute_uri(os.environ.get("MLFLOW_TRACKING_URI", ""))
     try:
         Outbox(output, record, uri if without_password(uri) == record.uri else record.uri).send()
@@ -164,7 +169,8 @@ def run_tags() -> dict[str, str]:
     return tags if git.returncode else tags | {"git.revision": git.stdout.strip()}
 
 
-def _prepare_environment() -> None:
+def prepare_environment() -> None:
+    """Makes MLflow's client fail soon and quietly; before it is imported."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
 

@@ -395,3 +395,40 @@ def test_tags_name_the_revision_and_the_versions(tmp_path: Path, monkeypatch: py
     assert {"version.torch", "version.mlflow", "version.pyarrow", "version.lightning"} <= tags.keys()
     (tmp_path / "model.py").write_text("two")
     assert run_tags()["git.revision"] == f"{revision}-dirty"
+
+
+@pytest.mark.slow
+def test_data_sets_reach_a_server_that_was_away_once_each(
+    output: Path, port: int, start_server: Callable[[], Callable[[], None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+    parts = {"name": "log", "source_type": "local", "source": '{"uri": "/log"}', "schema": "", "profile": '{"num_rows": 3}'}
+    inputs = [parts | {"context": name, "digest": f"digest of {name}"} for name in ("train", "validation", "test")]
+    away = make_tracker(output)  # no server yet
+    away.start({}, {})
+    away.log_inputs(inputs)
+    away.finish("KILLED")
+    kept = (output / "tracking.json").read_text()
+    assert len(json.loads(kept)["inputs"]) == 3
+    start_server()
+    send_pending(output)
+    assert json.loads((output / "tracking.json").read_text())["inputs"] == []
+    (output / "tracking.json").write_text(kept)  # as after a kill between the answer of the server and the note of it
+    send_pending(output)
+    resumed = make_tracker(output)
+    resumed.start({}, {})
+    resumed.log_inputs([*inputs[:2], parts | {"context": "test", "digest": "of other rows"}])
+    resumed.finish("FINISHED")
+
+    run = the_run(MlflowClient(tracking_uri=f"http://127.0.0.1:{port}"))
+    assert run.inputs is not None
+    found = sorted((one.tags[0].key, one.tags[0].value, one.dataset.digest) for one in run.inputs.dataset_inputs)
+    assert found == sorted(
+        ("mlflow.data.context", name, digest)
+        for name, digest in (
+            *((name, f"digest of {name}") for name in ("train", "validation", "test")),
+            ("test", "of other rows"),
+        )
+    )
+    first = run.inputs.dataset_inputs[0].dataset
+    assert (first.name, first.source_type, first.source, first.profile) == ("log", "local", '{"uri": "/log"}', '{"num_rows": 3}')
