@@ -36,6 +36,7 @@ _ENVIRONMENT: Final = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the thread below tries again, without a warning each time
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_LOGGING_LEVEL": "ERROR",  # of Alembic too, which tells of every table of a new database
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
 
@@ -74,7 +75,7 @@ class MlflowTracker:
 
     def start(self, params: Mapping[str, str], tags: Mapping[str, str]) -> None:
         """Begins to follow the journal. MLflow keeps the first value of a parameter; a tag takes the last."""
-        _prepare_environment()
+        prepare_environment()
         self._outbox.change(lambda record: replace(record, params=dict(params), tags=dict(tags), status="RUNNING", end_ms=None))
         self._thread = threading.Thread(target=self._follow, name="mlflow-tracker", daemon=True)
         self._thread.start()
@@ -105,7 +106,7 @@ class MlflowTracker:
                 is_repeated = wait_seconds > _POLL_SECONDS  # one failure alone is a server that was busy
                 if not has_warned and (is_repeated or finishing):
                     logger.warning(
-                        "MLflow at %s does not take this run (%s). It is kept in %s, to be sent later.", place, _brief(error), output
+                        "MLflow at %s does not take this run (%s). It is kept in %s, to be sent later.", place, brief(error), output
                     )
                     has_warned = True
                 wait_seconds = min(2 * wait_seconds, _LONGEST_WAIT_SECONDS)
@@ -128,12 +129,12 @@ def send_pending(output: Path) -> None:
     record = load_record(output)
     if record is None:
         raise DataError(str(output), expected=f"the output folder of a tracked run, with {RECORD_FILE}", received="no such file")
-    _prepare_environment()
+    prepare_environment()
     uri = absolute_uri(os.environ.get("MLFLOW_TRACKING_URI", ""))
     try:
         Outbox(output, record, uri if without_password(uri) == record.uri else record.uri).send()
     except Exception as error:
-        raise MlenvError(f"MLflow at {record.uri}: {_brief(error)}. Fix: start the server, then run this again.") from error
+        raise MlenvError(f"MLflow at {record.uri}: {brief(error)}. Fix: start the server, then run this again.") from error
 
 
 def run_tags() -> dict[str, str]:
@@ -152,10 +153,12 @@ def run_tags() -> dict[str, str]:
     return tags if git.returncode else tags | {"git.revision": git.stdout.strip()}
 
 
-def _prepare_environment() -> None:
+def prepare_environment() -> None:
+    """Makes MLflow quiet and quick to fail; before it is imported."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
 
 
-def _brief(error: Exception) -> str:
+def brief(error: Exception) -> str:
+    """The first line of an error, without a password."""
     return without_password(str(error).partition("\n")[0] or type(error).__name__)[:300]
