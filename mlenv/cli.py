@@ -130,6 +130,7 @@ def _add_features(verbs: argparse._SubParsersAction[argparse.ArgumentParser], ve
         ("list", _features_list, "List the features of all runs, with coverage, drift and use."),
         ("show", _features_show, "Show one feature: its definition, its coverage and drift by day, its use."),
         ("usage", _features_usage, "Name the data sets, runs and registered model versions that use a feature."),
+        ("serve", _features_serve, "Show the catalogue as pages, to this machine alone."),
         ("alerts", _features_alerts, "Compare the coverage of what registered models use with their training; exit code 3 for a failure."),
     ):
         made = verb(group, name, partial(_with_catalogue, run), text)
@@ -143,6 +144,8 @@ def _add_features(verbs: argparse._SubParsersAction[argparse.ArgumentParser], ve
             made.add_argument("--all", action="store_true", help="all registered versions, also those without an alias")
             made.add_argument("--config", type=Path, help="measure the data of this config now, instead of what later runs recorded")
             made.add_argument("--window", choices=["train", "validation", "test"], help="of the config; the test window if there is one")
+        if name == "serve":
+            made.add_argument("--port", type=int, default=5001)
         made.add_argument("--uri", default="", help="where the runs are, as in tracking.uri; otherwise where training puts them by default")
         made.add_argument("--experiment", default="", help="only runs of this MLflow experiment")
 
@@ -312,6 +315,15 @@ def _features_alerts(reader: CatalogueReader, options: argparse.Namespace) -> in
     alerts = find_alerts(catalogue, every_version=options.all, measured=measured)
     print(alerts_text(alerts))
     return GATE if alerts.has_failure else DONE
+
+
+def _features_serve(reader: CatalogueReader, options: argparse.Namespace) -> int:
+    from mlenv.feature_pages import serve
+
+    reader.read()  # what is wrong is said here, not in the browser
+    print(f"open http://127.0.0.1:{options.port}/", flush=True)
+    serve(reader, options.port)
+    return DONE
 
 
 def _ui(options: argparse.Namespace) -> int:
