@@ -94,8 +94,7 @@ class CataloguedFeature:
     @property
     def table(self) -> str:
         """Embedding tables that it is looked up in."""
-        keys = (key for key in self.runs[0].schema.sparse_keys if key.feature == self.name)
-        return ", ".join(dict.fromkeys(key.table for key in keys))
+        return ", ".join(sorted({key.table for key in self.runs[0].schema.sparse_keys if key.feature == self.name}))
 
     @property
     def data_sets(self) -> list[str]:
@@ -212,7 +211,7 @@ class CatalogueReader:
         try:
             client = MlflowClient(tracking_uri=self._uri, registry_uri=self._uri)
             entries = [self._run(client, run) for run in self._runs(client)]
-            versions = list(_versions(client))
+            versions = sorted(_versions(client), key=lambda version: (version.name, -int(version.version)))
         except MlenvError:
             raise
         except Exception as error:

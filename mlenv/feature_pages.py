@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 from urllib.parse import quote
@@ -123,30 +123,27 @@ def link(name: str) -> str:
 def _charts(feature: CataloguedFeature, alerts: list[Alert]) -> list[Chart]:
     days, entries = [day or NO_DAY for day in feature.days], [entry for entry, _ in feature.days.values()]
 
-    def series(name: str, values: list[float | None], color: int) -> list[Series]:
-        points = [(float(place), math.nan if value is None else value) for place, value in enumerate(values)]
-        return [Series(name, points, color), Series(name, points, color, "dots")]
+    def series(name: str, values: Iterable[float | None], color: int) -> Series:
+        return Series(name, [(place, math.nan if value is None else value) for place, value in enumerate(values)], color, "dots")
 
     def chart(title: str, lines: Sequence[Series], *, from_zero: bool = False, y_range: Range | None = None) -> Chart:
-        drawn = line_chart(title, lines, "", x_names=days, from_zero=from_zero, y_range=y_range)
-        return replace(drawn, legend=[one for one in drawn.legend if one.style != "dots"])
+        return line_chart(title, lines, "", x_names=days, from_zero=from_zero, y_range=y_range)
 
     lowest = min(entry.coverage for entry in entries)
     trained = [Series(f"trained: {alert.version.name} {alert.version.version}", [(0, alert.before)], 4, "level") for alert in alerts[:3]]
     coverage = series("coverage", [entry.coverage for entry in entries], 0)
-    charts = [chart("Coverage by day", [*coverage, *trained], y_range=_shares(lowest))]
+    charts = [chart("Coverage by day", [coverage, *trained], y_range=_shares(lowest))]
     if any(entry.drift is not None for entry in entries):
+        chance = replace(series("by chance", [entry.drift_by_chance for entry in entries], 5), style="line")
         drift = series("against the other days", [entry.drift for entry in entries], 1)
-        chance = Series("by chance", [(place, entry.drift_by_chance or 0.0) for place, entry in enumerate(entries)], 5)
-        charts.append(chart("Drift by day (population stability index)", [*drift, chance], from_zero=True))
+        charts.append(chart("Drift by day (population stability index)", [drift, chance], from_zero=True))
     if any(entry.mean is not None for entry in entries):
-        charts.append(chart("Mean by day", series("mean", [entry.mean for entry in entries], 2)))
+        charts.append(chart("Mean by day", [series("mean", [entry.mean for entry in entries], 2)]))
     elif any(entry.distinct is not None for entry in entries):
-        charts.append(chart("Different ids by day", series("ids", [entry.distinct for entry in entries], 2), from_zero=True))
-    rates = {task: [entry.label_rates.get(task) for entry in entries] for task in entries[-1].label_rates}
-    lines = [one for color, (task, values) in enumerate(rates.items()) for one in series(task, values, color)]
-    charts.append(chart("Label rates by day, where the feature is there", lines, from_zero=True))
-    return charts
+        charts.append(chart("Different ids by day", [series("ids", [entry.distinct for entry in entries], 2)], from_zero=True))
+    tasks = entries[-1].label_rates
+    rates = [series(task, [entry.label_rates.get(task) for entry in entries], color) for color, task in enumerate(tasks)]
+    return [*charts, chart("Label rates by day, where the feature is there", rates, from_zero=True)]
 
 
 def _shares(lowest: float) -> tuple[float, float]:
