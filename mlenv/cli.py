@@ -271,12 +271,17 @@ def _backfill(options: argparse.Namespace) -> int:
 
 def _with_catalogue(run: Callable[[CatalogueReader, argparse.Namespace], int], options: argparse.Namespace) -> int:
     """Finds the runs of a command; a dry run says where they are and goes no further."""
+    from mlenv.composition import compose
+    from mlenv.dry_run import check_data
     from mlenv.feature_catalogue import CatalogueReader
+    from mlenv.mlflow_outbox import without_password
     from mlenv.tracking import DEFAULT_URI
 
     uri = options.uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
     if options.dry_run:
-        print(f"would read the runs of {uri}")
+        if getattr(options, "config", None):
+            check_data(compose(options.config, options.overrides))
+        print(f"would read the runs of {without_password(uri)}")
         return DONE
     return run(CatalogueReader(uri, options.experiment), options)
 
