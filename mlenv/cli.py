@@ -271,8 +271,6 @@ def _backfill(options: argparse.Namespace) -> int:
 
 def _with_catalogue(run: Callable[[CatalogueReader, argparse.Namespace], int], options: argparse.Namespace) -> int:
     """Finds the runs of a command; a dry run says where they are and goes no further."""
-    from mlenv.composition import compose
-    from mlenv.dry_run import check_data
     from mlenv.feature_catalogue import CatalogueReader
     from mlenv.mlflow_outbox import without_password
     from mlenv.tracking import DEFAULT_URI
@@ -280,6 +278,9 @@ def _with_catalogue(run: Callable[[CatalogueReader, argparse.Namespace], int], o
     uri = options.uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
     if options.dry_run:
         if getattr(options, "config", None):
+            from mlenv.composition import compose
+            from mlenv.dry_run import check_data
+
             check_data(compose(options.config, options.overrides))
         print(f"would read the runs of {without_password(uri)}")
         return DONE

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from mlenv.config import ExperimentConfig
 from mlenv.feature_catalogue import Catalogue, ModelVersion, Run
 from mlenv.feature_record import FeatureRecord, record_features
 from mlenv.findings import SEVERITIES, Chance, Finding, judge
 from mlenv.validation import Covered, coverage_drop, window_by_day
-from mlenv.validation_run import Window, window_source
+
+if TYPE_CHECKING:
+    from mlenv.validation_run import Window
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +93,8 @@ def measure(config: ExperimentConfig, window: Window | None = None) -> Measured:
     Raises:
         ConfigError, DataError: it cannot be read.
     """
+    from mlenv.validation_run import window_source  # loads torch, which nothing else here needs
+
     chosen: Window = window or ("train" if config.data.test is None else "test")
     statistics, days = window_by_day(window_source(config, chosen))
     return Measured(f"data.{chosen} of {config.name}", record_features(statistics, days, config.checks.significance))

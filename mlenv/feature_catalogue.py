@@ -15,11 +15,10 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from mlenv.composition import from_plain, to_plain
-from mlenv.config import ChecksConfig
+from mlenv.config import CONFIG_FILE, ChecksConfig
 from mlenv.errors import DataError, MlenvError, nearest
 from mlenv.feature_record import FEATURES_FILE, FeatureDay, FeatureRecord
 from mlenv.kinds import kind_of
-from mlenv.loops.training_run import CONFIG
 from mlenv.mlflow_outbox import absolute_uri, without_password
 from mlenv.schema import FEATURES, Feature, Schema
 from mlenv.schema import Sequence as EventSequence
@@ -241,13 +240,13 @@ def is_drift(day: FeatureDay) -> bool:
 def _read_run(client: MlflowClient, run: MlflowRun) -> Run | None:
     run_id, name = run.info.run_id, run.info.run_name or run.info.run_id
     held = {file.path for file in client.list_artifacts(run_id)}
-    if CONFIG not in held:
+    if CONFIG_FILE not in held:
         return None
     with tempfile.TemporaryDirectory() as folder:
-        wanted = [file for file in (CONFIG, FEATURES_FILE) if file in held]
+        wanted = [file for file in (CONFIG_FILE, FEATURES_FILE) if file in held]
         texts = {file: Path(client.download_artifacts(run_id, file, folder)).read_text(encoding="utf-8") for file in wanted}
     try:
-        plain: Any = OmegaConf.to_container(OmegaConf.create(texts[CONFIG]))
+        plain: Any = OmegaConf.to_container(OmegaConf.create(texts[CONFIG_FILE]))
         return Run(
             run_id=run_id,
             name=name,
