@@ -242,6 +242,16 @@ def collect(batches: Iterable[pa.RecordBatch], schema: Schema) -> Statistics:
     return functools.reduce(Statistics.merged, (_of_batch(batch, schema) for batch in batches))
 
 
+def collect_days(batches: Iterable[pa.RecordBatch], schema: Schema) -> dict[str, Statistics]:
+    """The same by day, in the order of the days: merged they are what ``collect`` gives. Rows without a day are under an empty name."""
+    found: dict[str, Statistics] = {}
+    for batch in batches:
+        for day, rows in [*by_day(batch, schema)] or [("", batch)]:
+            part = _of_batch(rows, schema)
+            found[day] = found[day].merged(part) if day in found else part
+    return dict(sorted(found.items()))
+
+
 def days_of(batch: pa.RecordBatch, schema: Schema) -> pa.Array | None:
     """The day of each row as text, of the partition, or else of the event time."""
     if DAY in batch.schema.names:
@@ -255,8 +265,9 @@ def by_day(batch: pa.RecordBatch, schema: Schema) -> Iterator[tuple[str, pa.Reco
     """The rows of each day, in the order of the days; those without one come first, under an empty name."""
     days = days_of(batch, schema)
     texts = pa.repeat("", batch.num_rows) if days is None else days.fill_null("")
-    for day in sorted(texts.unique().to_pylist()):
-        yield day, batch.filter(pc.equal(texts, day))
+    names = sorted(texts.unique().to_pylist())
+    for day in names:
+        yield day, batch if len(names) == 1 else batch.filter(pc.equal(texts, day))
 
 
 def _of_batch(batch: pa.RecordBatch, schema: Schema) -> Statistics:

@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mlenv.batch import Position
-from mlenv.config import MONITORS
+from mlenv.config import CONFIG_FILE, MONITORS
 from mlenv.errors import CheckpointError, StoppedError, TrainingError
 from mlenv.loops.checkpoint import list_checkpoints, load_tensors, newest_checkpoint, save_checkpoint
 from mlenv.loops.fit import Progress
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 CHECKPOINT_FOLDER = "checkpoints"
 BEST_FOLDER = "best"
 PROGRESS = "progress.json"
-CONFIG = "config.yaml"
+CONFIG = CONFIG_FILE
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,6 +25,7 @@ NEUTRAL = 5
 _WIDTH = 480  # about what a chart gets on the page, so that its text is about as large as the page's
 _MAX_POINTS = 200
 _MAX_NAME = 20
+_MAX_X_NAMES = 5
 
 
 @dataclass(frozen=True)
@@ -72,10 +73,14 @@ class _Frame:
     def x_grid(self) -> Markup:
         return _joined(_line(self.x(tick), self.top, self.x(tick), self.bottom, "grid") for tick in _ticks(self.x_range))
 
-    def x_axis(self, label: str) -> Markup:
-        ticks = _ticks(self.x_range)
-        texts = [_text(self.x(tick), self.bottom + 16, text, "middle") for tick, text in zip(ticks, _tick_texts(ticks), strict=True)]
-        return _joined([self.x_grid(), *texts, _text((self.left + self.right) / 2, self.bottom + 34, label, "middle")])
+    def x_axis(self, label: str, names: Sequence[str] = ()) -> Markup:
+        """With names, they stand at 0, 1, 2 and so on, as many as there is room for."""
+        places = range(0, len(names), math.ceil(len(names) / _MAX_X_NAMES) or 1)
+        ticks = [float(place) for place in places] if names else _ticks(self.x_range)
+        texts = [names[place] for place in places] if names else _tick_texts(ticks)
+        grid = _joined(_line(self.x(tick), self.top, self.x(tick), self.bottom, "grid") for tick in ticks)
+        shown = [_text(self.x(tick), self.bottom + 16, text, "middle") for tick, text in zip(ticks, texts, strict=True)]
+        return _joined([grid, *shown, _text((self.left + self.right) / 2, self.bottom + 34, label, "middle")])
 
     def y_axis(self) -> Markup:
         ticks = _ticks(self.y_range)
@@ -91,25 +96,37 @@ class _Frame:
         return clip + Markup('<polyline class="{}" points="{}"/></svg>').format(css, places)
 
 
-def line_chart(title: str, series: Sequence[Series], x_label: str, *, from_zero: bool = False) -> Chart:
+def line_chart(
+    title: str,
+    series: Sequence[Series],
+    x_label: str,
+    *,
+    from_zero: bool = False,
+    x_names: Sequence[str] = (),
+    y_range: Range | None = None,
+) -> Chart:
     """Curves over one horizontal axis.
 
     Numbers that are not finite are left out; a long curve is drawn as means of neighbouring points. The first twentieth
     of a curve may leave the chart: the first losses would dwarf all that follows.
+
+    Args:
+        x_names: what stands at 0, 1, 2 and so on, such as days.
+        y_range: of the vertical axis; otherwise it follows from the points.
     """
     drawn = [replace(entry, points=_thinned(_finite(entry.points))) for entry in series]
     drawn = [entry for entry in drawn if entry.points]
     low, high = _range(y for entry in drawn for _, y in entry.points[len(entry.points) // 20 :])
     margin = 0.06 * (high - low)
     frame = _Frame(
-        x_range=_range(x for entry in drawn if entry.style != "level" for x, _ in entry.points),
-        y_range=(0.0 if from_zero else low - margin, high + margin),
+        x_range=_range(range(len(x_names)) if x_names else (x for entry in drawn if entry.style != "level" for x, _ in entry.points)),
+        y_range=y_range or (0.0 if from_zero else low - margin, high + margin),
         left=62,
         top=10,
-        right=_WIDTH - 16,
+        right=_WIDTH - (36 if x_names else 16),  # half a name
         bottom=210,
     )
-    shapes = [frame.x_axis(x_label), frame.y_axis()]
+    shapes = [frame.x_axis(x_label, x_names), frame.y_axis()]
     for entry in drawn:
         if entry.style == "level":
             level = frame.y(entry.points[0][1])
@@ -117,7 +134,9 @@ def line_chart(title: str, series: Sequence[Series], x_label: str, *, from_zero:
             continue
         shapes.append(frame.curve(entry.points, entry.css))
         if entry.style == "dots" or len(entry.points) == 1:
-            shapes += [_dot(frame.x(x), frame.y(y), entry.css, f"{entry.name}, {x_label} {x:,.0f}: {y:.5g}") for x, y in entry.points]
+            for x, y in entry.points:
+                place = x_names[round(x)] if x_names else f"{x_label} {x:,.0f}"
+                shapes.append(_dot(frame.x(x), frame.y(y), entry.css, f"{entry.name}, {place}: {y:.5g}"))
     return Chart(title, _svg(title, frame.bottom + 42, shapes), drawn)
 
 

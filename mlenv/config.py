@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import nn
 
+CONFIG_FILE = "config.yaml"
+"""The composed config in the output folder of a run, in its checkpoints, and among its artifacts in MLflow."""
+
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 

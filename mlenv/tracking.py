@@ -110,7 +110,7 @@ class MlflowTracker:
                 is_repeated = wait_seconds > _POLL_SECONDS  # one failure alone is a server that was busy
                 if not has_warned and (is_repeated or finishing):
                     logger.warning(
-                        "MLflow at %s does not take this run (%s). It is kept in %s, to be sent later.", place, _brief(error), output
+                        "MLflow at %s does not take this run (%s). It is kept in %s, to be sent later.", place, brief(error), output
                     )
                     has_warned = True
                 wait_seconds = min(2 * wait_seconds, _LONGEST_WAIT_SECONDS)
@@ -136,7 +136,7 @@ def send_pending(output: Path) -> None:
     try:
         Outbox(output, record, uri if without_password(uri) == record.uri else record.uri).send()
     except Exception as error:
-        raise MlenvError(f"MLflow at {record.uri}: {_brief(error)}. Fix: start the server, then run this again.") from error
+        raise MlenvError(f"MLflow at {record.uri}: {brief(error)}. Fix: start the server, then run this again.") from error
 
 
 def tracked_run(output: Path) -> Record:
@@ -175,5 +175,6 @@ def prepare_environment() -> None:
         os.environ.setdefault(name, value)
 
 
-def _brief(error: Exception) -> str:
+def brief(error: Exception) -> str:
+    """The first line of an error, without a password."""
     return without_password(str(error).partition("\n")[0] or type(error).__name__)[:300]

@@ -13,6 +13,7 @@ from mlenv.config import ExperimentConfig
 from mlenv.datasets.parquet_source import ParquetSource
 from mlenv.datasets.statistics import STATISTICS_FILE, Statistics, read_statistics
 from mlenv.experiment import SPLITS, Experiment, Split
+from mlenv.feature_record import FEATURES_FILE, record_features
 from mlenv.loops.evaluate import Evaluation, evaluate
 from mlenv.loops.fit import fit
 from mlenv.loops.journal import JOURNAL_FILE, Journal
@@ -20,7 +21,7 @@ from mlenv.loops.ranks import is_main
 from mlenv.loops.training_run import CHECKPOINT_FOLDER, CONFIG, UnseenLossError
 from mlenv.page import write_whole
 from mlenv.report import Report, write_report
-from mlenv.validation import check_baseline, validate_statistics, window_statistics
+from mlenv.validation import check_baseline, validate_statistics, window_by_day
 
 logger = logging.getLogger(__name__)
 
@@ -66,13 +67,14 @@ def _train(config: ExperimentConfig, sees_every_loss: bool | None = None) -> Tra
         for split in splits:
             _ = experiment.source(split).joins  # all windows are checked before the first step
         # Where they may stop the training, every process takes them, and comes to the same verdict.
-        statistics = _training_statistics(experiment) if is_main() or config.checks.before_training else None
-        if statistics is not None and config.checks.before_training:
-            _check_training_window(statistics, config, experiment.source("train"))
+        taken = _training_statistics(experiment) if is_main() or config.checks.before_training else None
+        if taken is not None and config.checks.before_training:
+            _check_training_window(taken[0], config, experiment.source("train"))
         progress = fit(experiment.step, experiment.source("train"), experiment.run, config.loop)
-        if statistics is not None and is_main():
-            write_whole(statistics.to_json(), experiment.output / STATISTICS_FILE)
-            experiment.keep(experiment.output / STATISTICS_FILE)
+        if taken is not None and is_main():
+            for name, text in ((STATISTICS_FILE, taken[0].to_json()), (FEATURES_FILE, taken[1])):
+                write_whole(text, experiment.output / name)
+                experiment.keep(experiment.output / name)
         checkpoint = experiment.load()
         experiment.calibrate(checkpoint)
         evaluation = evaluate_and_report(experiment) if "test" in splits else None
@@ -112,14 +114,19 @@ def evaluate_and_report(experiment: Experiment) -> Evaluation:
     return evaluation
 
 
-def _training_statistics(experiment: Experiment) -> Statistics:
-    """Of the whole training window where it is to be judged, otherwise of a sample: a training does not wait for more."""
-    source, file = experiment.source("train"), experiment.output / STATISTICS_FILE
-    if experiment.config.checks.before_training:
-        return window_statistics(source)
-    if file.exists() and (stored := read_statistics(file)).data_fingerprint == source.fingerprint:
-        return stored
-    return window_statistics(source, at_most=STATISTICS_ROWS)
+def _training_statistics(experiment: Experiment) -> tuple[Statistics, str]:
+    """Of the whole training window where it is to be judged, otherwise of a sample: a training does not wait for more.
+
+    With them comes the text of what the run records of its features, day by day.
+    """
+    source, checks = experiment.source("train"), experiment.config.checks
+    file, features = experiment.output / STATISTICS_FILE, experiment.output / FEATURES_FILE
+    if not checks.before_training and file.exists() and features.exists():
+        stored = read_statistics(file)
+        if stored.data_fingerprint == source.fingerprint:
+            return stored, features.read_text(encoding="utf-8")
+    statistics, days = window_by_day(source, at_most=0 if checks.before_training else STATISTICS_ROWS)
+    return statistics, record_features(statistics, days, checks.significance).to_json()
 
 
 def _check_training_window(statistics: Statistics, config: ExperimentConfig, source: ParquetSource) -> None:

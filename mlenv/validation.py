@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mlenv.config import ChecksConfig, WindowConfig
 from mlenv.datasets.counts import Counts, Floats, Integers, Numbers, bin_centre
-from mlenv.datasets.statistics import ColumnStatistics, Statistics, collect, statistics_columns
+from mlenv.datasets.statistics import ColumnStatistics, Statistics, collect, collect_days, statistics_columns
 from mlenv.errors import DataError
 from mlenv.findings import Chance, Measure, Verdict, judge
 from mlenv.schema import Schema
@@ -27,6 +28,13 @@ LEAST_SHARE = 0.02
 such as users, come and go in bursts that no count of rows accounts for."""
 LEAST_LABELS = 20
 """Positives and negatives without which an AUC says nothing."""
+
+
+class Covered(NamedTuple):
+    """How many rows there were, and the share of them that had a feature."""
+
+    share: float
+    rows: float
 
 
 def validate_statistics(
@@ -63,10 +71,47 @@ def window_statistics(source: ParquetSource, *, at_most: int = 0) -> Statistics:
         DataError: the transforms leave no row, or a row group cannot be read.
     """
     columns = statistics_columns(source.schema, source.column_names)
-    found = collect(source.record_batches(columns, at_most=at_most), source.schema)
-    if not found.rows and not at_most:
-        raise source.nothing_left()
-    return replace(found, data_fingerprint=source.fingerprint)
+    return _of_source(collect(source.record_batches(columns, at_most=at_most), source.schema), source, at_most)
+
+
+def window_by_day(source: ParquetSource, *, at_most: int = 0) -> tuple[Statistics, dict[str, Statistics]]:
+    """The same, and those of each of its days, from one pass.
+
+    Raises:
+        DataError: see window_statistics.
+    """
+    columns = statistics_columns(source.schema, source.column_names)
+    days = collect_days(source.record_batches(columns, at_most=at_most), source.schema)
+    return _of_source(functools.reduce(Statistics.merged, days.values()), source, at_most), days
+
+
+def drift_of_day(day: ColumnStatistics, window: ColumnStatistics, chance: Chance) -> tuple[float, float]:
+    """Population stability index of one day of a window against its other days, and how much of it chance brings about.
+
+    Of ids, numbers and lengths it is the one that lies furthest beyond chance; nan where there is nothing to compare.
+    """
+    parts = []
+    if day.values is not None and window.values is not None:
+        level = max(day.values.level, window.values.level)
+        now, whole = day.values.at(level), window.values.at(level)
+        if now.num_kept < whole.num_kept:
+            parts.append(_value_parts(now, whole))
+    for numbers, all_numbers in ((day.numbers, window.numbers), (day.lengths, window.lengths)):
+        if numbers is not None and all_numbers is not None and numbers.count < all_numbers.count:
+            parts.append(_number_parts(numbers, all_numbers))
+    found = [
+        (_stability(counts, counted - counts), chance.stability(len(names), counts.sum(), (counted - counts).sum()))
+        for names, counts, counted in parts
+        if counts.sum()
+    ]
+    return max(found, key=lambda one: one[0] / one[1], default=(math.nan, math.nan))
+
+
+def coverage_drop(name: str, feature: str, now: Covered, before: Covered, chance: Chance) -> Measure:
+    """Rows that a feature is missing from and was not missing from before; ``name`` is a column of the feature."""
+    detail = f"{now.share:.2%} of the rows have it, before it was {before.share:.2%}."
+    is_beyond = chance.is_less_than(now.share, now.rows, before.share, before.rows)
+    return Measure("coverage_drop", name, max(before.share - now.share, 0.0), detail, is_beyond, feature)
 
 
 def check_baseline(baseline: Statistics, window: Statistics, place: str) -> None:
@@ -86,6 +131,12 @@ def check_baseline(baseline: Statistics, window: Statistics, place: str) -> None
         if now != before:
             parts = [" and ".join(part for part in ("values", "numbers", "lengths") if part in kind) for kind in (now, before)]
             raise DataError(f"{place}, feature {name!r}", expected=f"statistics with {parts[0]}", received=f"with {parts[1]}", fix=fix)
+
+
+def _of_source(found: Statistics, source: ParquetSource, at_most: int) -> Statistics:
+    if not found.rows and not at_most:
+        raise source.nothing_left()
+    return replace(found, data_fingerprint=source.fingerprint)
 
 
 def _own_measures(window: Statistics, span: WindowConfig) -> Iterator[Measure]:
@@ -180,9 +231,7 @@ def _compared(name: str, now: ColumnStatistics, before: ColumnStatistics, chance
     def measure(check: str, value: float, detail: str, is_beyond_chance: bool, part: str = "") -> Measure:
         return Measure(check, f"{name}{part}", value, detail, is_beyond_chance, now.feature)
 
-    drop = before.coverage - now.coverage
-    detail = f"{now.coverage:.2%} of the rows have it, before it was {before.coverage:.2%}."
-    yield measure("coverage_drop", max(drop, 0.0), detail, chance.is_less_than(now.coverage, now.rows, before.coverage, before.rows))
+    yield coverage_drop(name, now.feature, Covered(now.coverage, now.rows), Covered(before.coverage, before.rows), chance)
     if now.values is not None and before.values is not None:
         yield from _compared_values(now.values, before.values, chance, measure)
     for part, numbers, earlier in (("", now.numbers, before.numbers), (" (length)", now.lengths, before.lengths)):
@@ -233,7 +282,7 @@ def _compared_numbers(now: Numbers, before: Numbers, chance: Chance, part: str, 
 def _drift(names: Sequence[str], now: Floats, before: Floats, chance: Chance, part: str, measure: _Measured) -> Iterator[Measure]:
     """``names``, ``now``, ``before``: the parts that the values are divided into, and how many of both are in each."""
     shares, usual = _smoothed(now), _smoothed(before)
-    stability = float(((shares - usual) * np.log(shares / usual)).sum())
+    stability = _stability(now, before)
     middle = (shares + usual) / 2
     divergence = float((shares * np.log2(shares / middle) + usual * np.log2(usual / middle)).sum() / 2)
     least = chance.stability(len(names), now.sum(), before.sum())
@@ -241,6 +290,11 @@ def _drift(names: Sequence[str], now: Floats, before: Floats, chance: Chance, pa
     detail = f"{names[place]} are {shares[place]:.2%} of the values, before it was {usual[place]:.2%}."
     yield measure("psi", stability, detail, stability > least, part)
     yield measure("jensen_shannon", divergence, detail, stability > least, part)
+
+
+def _stability(now: Floats, before: Floats) -> float:
+    shares, usual = _smoothed(now), _smoothed(before)
+    return float(((shares - usual) * np.log(shares / usual)).sum())
 
 
 def _value_parts(now: Counts, before: Counts) -> tuple[list[str], Floats, Floats]:

@@ -51,7 +51,7 @@ def validate(
         raise ConfigError("baseline", expected="none beside backfilled, whose baseline is the other days", received=baseline)
     if out is not None and (not out.parent.is_dir() or out.is_file()):
         raise DataError(str(out), expected="a folder whose parent exists", received="none", fix=f"mkdir -p '{out.parent}'")
-    source, span, checks = _source(config, chosen), _span(config, chosen), config.checks
+    source, span, checks = window_source(config, chosen), _span(config, chosen), config.checks
     stored = read_statistics(Path(against)) if against and against not in get_args(Window) else None  # before the long work
     pairs = read_pairs(source, checks)
     measures = [*compare_pairs(pairs, config.schema, checks)]
@@ -65,7 +65,7 @@ def validate(
         facts |= {"back-filled": str(backfilled), "rows": f"{now.rows:,}", "baseline": "the other days of the window"}
     else:
         now = window_statistics(source)
-        before = stored if stored is not None or not against else window_statistics(_source(config, against))
+        before = stored if stored is not None or not against else window_statistics(window_source(config, against))
         facts |= {"rows": f"{now.rows:,}"} | ({"baseline": against} if against else {})
     if before is not None:
         check_baseline(before, now, against)
@@ -84,9 +84,14 @@ def validate(
     return verdict
 
 
-def _source(config: ExperimentConfig, window: str) -> ParquetSource:
+def window_source(config: ExperimentConfig, window: str) -> ParquetSource:
+    """Rows of a window with all that there is to judge; a missing day is no error.
+
+    Raises:
+        ConfigError, Problems, DataError: the config has no such window, or it cannot be read.
+    """
     extras: tuple[Extra, ...] = ("metadata",)
-    data = replace(config.data, allow_missing_days=True)  # a missing day is a finding here
+    data = replace(config.data, allow_missing_days=True)
     return ParquetSource(data, _span(config, window), config.schema, extras=extras)
 
 

@@ -112,3 +112,13 @@ def test_names_are_escaped_and_shortened() -> None:
     assert ElementTree.fromstring(chart.svg).attrib["aria-label"] == name
     assert f"{name[:19]}…" in texts(chart)
     assert not re.search("<b ", chart.svg)
+
+
+def test_names_stand_on_the_horizontal_axis_as_many_as_there_is_room_for() -> None:
+    days = [f"2026-01-{number:02d}" for number in range(1, 13)]
+    series = Series("coverage", [(float(place), 0.9) for place in range(12)], 0, "dots")
+    svg = line_chart("Coverage by day", [series], "", x_names=days, y_range=(0.5, 1.0)).svg
+    assert re.findall(r">(2026-01-\d\d)</text>", svg) == ["2026-01-01", "2026-01-04", "2026-01-07", "2026-01-10"]
+    assert "<title>coverage, 2026-01-12: 0.9</title>" in svg
+    heights = {float(height) for height in re.findall(r'cy="([\d.]+)"', svg)}
+    assert heights == {210 - 0.8 * 200}
