@@ -95,6 +95,10 @@ class CataloguedFeature:
         """Embedding tables that it is looked up in."""
         return ", ".join(sorted({key.table for key in self.runs[0].schema.sparse_keys if key.feature == self.name}))
 
+    def _tables(self, run: Run) -> dict[str, Any]:
+        tables = to_plain(run.schema.tables)
+        return {key.table: tables[key.table] for key in run.schema.sparse_keys if key.feature == self.name}
+
     @property
     def data_sets(self) -> list[str]:
         return list(dict.fromkeys(path for run in self.runs for path in run.data_sets))
@@ -122,8 +126,8 @@ class CataloguedFeature:
 
     @property
     def differences(self) -> list[str]:
-        """Keys of the definition that differ between runs, with their values and the runs that have them."""
-        plain = [(run, _flat(to_plain(run.schema.features, FEATURES)[self.name])) for run in self.runs]
+        """Keys of the definition and of its tables that differ between runs, with their values and the runs that have them."""
+        plain = [(run, _flat(to_plain(run.schema.features, FEATURES)[self.name] | {"tables": self._tables(run)})) for run in self.runs]
         lines = []
         for key in dict.fromkeys(key for _, entry in plain for key in entry):
             by_value: dict[str, list[str]] = {}

@@ -29,7 +29,15 @@ def store(ads: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     tracked = [*SMALL, f"tracking.uri={uri}", f"data.path={ads}"]
     for name, settings in (
         ("first", ["data.train.end=2026-01-02"]),
-        ("second", ["data.train.end=2026-01-03", "schema.features.price.owner=pricing", "schema.features.price.log1p=false"]),
+        (
+            "second",
+            [
+                "data.train.end=2026-01-03",
+                "schema.features.price.owner=pricing",
+                "schema.features.price.log1p=false",
+                "schema.tables.advertiser_id.embedding_dim=8",
+            ],
+        ),
     ):
         config = compose(ROOT / "examples/demo/ranker.yaml", [*tracked, *settings, f"name={name}", f"output={folder / name}"])
         train(config)
@@ -84,6 +92,8 @@ def test_definitions_that_differ_are_named_with_their_runs(catalogue: Catalogue)
     lines = [re.sub(r" \(\w{8}\)", "", line) for line in catalogue.feature("price").differences]
     # The older run was written with the second one's config.
     assert lines == ["owner: 'pricing' in second, older; '' in first", "log1p: False in second, older; True in first"]
+    (line,) = catalogue.feature("advertiser_id").differences
+    assert re.fullmatch(r"tables.advertiser_id.embedding_dim: 8 in second \(\w{8}\), older \(\w{8}\); 16 in first \(\w{8}\)", line)
     assert catalogue.feature("history").differences == []
 
 
