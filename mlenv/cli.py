@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from mlenv.errors import ConfigError, GateError, MlenvError, TrainingError
 
@@ -124,6 +124,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_features(verbs: argparse._SubParsersAction[argparse.ArgumentParser], verb: Callable[..., argparse.ArgumentParser]) -> None:
     """The catalogue of features, read from the runs that MLflow keeps."""
+    from mlenv.schema import Entity
+
     text = "Know the features of all tracked runs: what they are, who uses them, how they have been."
     group = verbs.add_parser("features", help=text, description=text).add_subparsers(required=True, metavar="VERB")
     for name, run, text in (
@@ -137,7 +139,7 @@ def _add_features(verbs: argparse._SubParsersAction[argparse.ArgumentParser], ve
         if name in ("show", "usage"):
             made.add_argument("feature")
         if name == "list":
-            made.add_argument("--entity", default="", help="only features of it: user, item or context")
+            made.add_argument("--entity", choices=get_args(Entity), default="", help="only features of it")
             made.add_argument("--owner", default="", help="only features of this owner")
             made.add_argument("--match", default="", metavar="TEXT", help="only features with this text in what the list says of them")
         if name == "alerts":
