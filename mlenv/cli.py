@@ -132,8 +132,8 @@ def _add_features(verbs: argparse._SubParsersAction[argparse.ArgumentParser], ve
         ("list", _features_list, "List the features of all runs, with coverage, drift and use."),
         ("show", _features_show, "Show one feature: its definition, its coverage and drift by day, its use."),
         ("usage", _features_usage, "Name the data sets, runs and registered model versions that use a feature."),
-        ("serve", _features_serve, "Show the catalogue as pages, to this machine alone."),
         ("alerts", _features_alerts, "Compare the coverage of what registered models use with their training; exit code 3 for a failure."),
+        ("serve", _features_serve, "Show the catalogue as pages, to this machine alone."),
     ):
         made = verb(group, name, partial(_with_catalogue, run), text)
         if name in ("show", "usage"):
