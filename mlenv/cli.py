@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from mlenv.errors import ConfigError, GateError, MlenvError, StoppedError, TrainingError
 
@@ -143,20 +143,22 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_features(verbs: argparse._SubParsersAction[argparse.ArgumentParser], verb: Callable[..., argparse.ArgumentParser]) -> None:
     """The catalogue of features, read from the runs that MLflow keeps."""
+    from mlenv.schema import Entity
+
     text = "Know the features of all tracked runs: what they are, who uses them, how they have been."
     group = verbs.add_parser("features", help=text, description=text).add_subparsers(required=True, metavar="VERB")
     for name, run, text in (
         ("list", _features_list, "List the features of all runs, with coverage, drift and use."),
         ("show", _features_show, "Show one feature: its definition, its coverage and drift by day, its use."),
         ("usage", _features_usage, "Name the data sets, runs and registered model versions that use a feature."),
-        ("serve", _features_serve, "Show the catalogue as pages, to this machine alone."),
         ("alerts", _features_alerts, "Compare the coverage of what registered models use with their training; exit code 3 for a failure."),
+        ("serve", _features_serve, "Show the catalogue as pages, to this machine alone."),
     ):
         made = verb(group, name, partial(_with_catalogue, run), text)
         if name in ("show", "usage"):
             made.add_argument("feature")
         if name == "list":
-            made.add_argument("--entity", default="", help="only features of it: user, item or context")
+            made.add_argument("--entity", choices=get_args(Entity), default="", help="only features of it")
             made.add_argument("--owner", default="", help="only features of this owner")
             made.add_argument("--match", default="", metavar="TEXT", help="only features with this text in what the list says of them")
         if name == "alerts":

@@ -109,7 +109,7 @@ def _later(runs: Iterable[Run], run: Run) -> Iterator[Measured]:
 def _compared(version: ModelVersion, run: Run, name: str, later: Sequence[Measured]) -> Alert | None:
     """None where nobody has recorded the feature since; ``later`` is newest first: of two that recorded the same day the first counts."""
     found = [(day, place) for place, one in enumerate(later) for day in one.record.features.get(name, ())]
-    if run.record is None or name not in run.record.features or not found:
+    if run.record is None or not run.record.features.get(name) or not found:
         return None
     newest = max(day for day, _ in found)
     measured = later[next(place for day, place in found if day == newest)]

@@ -200,7 +200,7 @@ class CatalogueReader:
         if self._uri.startswith("sqlite:") and not file.is_file():
             fix = "train with tracking.enabled, or name the place of the runs with --uri"
             raise DataError(self.store, expected="a database of tracked runs", received="no such file", fix=fix)
-        self._known: dict[tuple[str, int], Run | None] = {}
+        self._known: dict[tuple[str, int], Run] = {}
 
     def read(self) -> Catalogue:
         """
@@ -231,9 +231,12 @@ class CatalogueReader:
 
     def _run(self, client: MlflowClient, run: MlflowRun) -> Run | None:
         key = (run.info.run_id, run.info.end_time or 0)
-        if key not in self._known or not run.info.end_time:
-            self._known[key] = _read_run(client, run)
-        return self._known[key]
+        if key in self._known:
+            return self._known[key]
+        found = _read_run(client, run)
+        if found is not None and found.record is not None and run.info.end_time:  # files may arrive after the end
+            self._known[key] = found
+        return found
 
 
 def is_drift(day: FeatureDay) -> bool:

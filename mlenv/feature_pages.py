@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 from urllib.parse import quote
@@ -40,7 +41,7 @@ def serve(reader: CatalogueReader, port: int) -> None:
     except (OSError, OverflowError) as error:
         listener.close()
         raise MlenvError(f"port {port} of {_HOST}: {error}. Fix: choose another one with --port.") from error
-    with listener:
+    with listener, suppress(KeyboardInterrupt):  # the usual way to end it
         uvicorn.Server(uvicorn.Config(make_app(reader.read), log_level="warning")).run(sockets=[listener])
 
 

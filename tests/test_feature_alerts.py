@@ -88,5 +88,7 @@ def test_versions_without_an_alias_and_data_measured_now() -> None:
 def test_what_cannot_be_compared_is_said() -> None:
     old = catalogue(run(1, None), run(2, TRAINED))
     assert find_alerts(old).notes == ["ranker version 1 (@champion): run r1 (00000000) has no record of its features; train it again"]
+    nothing_read = catalogue(run(1, record(price={}, age={})), run(2, TRAINED))
+    assert (find_alerts(nothing_read).num_compared, find_alerts(nothing_read).raised) == (0, [])
     gone = Catalogue(store="here", runs=[], versions=old.versions)
     assert find_alerts(gone).notes == ["ranker version 1 (@champion): its run is not here"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -147,3 +148,17 @@ def test_what_another_version_or_a_hand_wrote_is_passed_over(store: str, tmp_pat
     client.log_artifact(run_id, str(tmp_path / "config.yaml"))
     assert CatalogueReader(store, "by hand").read().features == {}
     assert f"Run odd ({run_id}) is passed over" in caplog.text
+
+
+def test_a_record_that_arrives_after_the_end_of_its_run_is_seen(store: str, tmp_path: Path) -> None:
+    client = MlflowClient(store)
+    run_id = client.create_run(client.create_experiment("late"), run_name="late").info.run_id
+    for name in ("config.yaml", FEATURES_FILE):
+        shutil.copy(Path(store.removeprefix("sqlite:///")).parent / "second" / name, tmp_path)
+    client.log_artifact(run_id, str(tmp_path / "config.yaml"))
+    client.set_terminated(run_id)
+    reader = CatalogueReader(store, "late")
+    assert reader.read().feature("price").days == {}
+    client.log_artifact(run_id, str(tmp_path / FEATURES_FILE))
+    assert len(reader.read().feature("price").days) == 3
+    assert reader.read().runs[0] is reader.read().runs[0]  # and read no more
