@@ -84,9 +84,10 @@ class Stopping(torch.nn.Module):
 
 def test_a_signal_after_the_last_step_ends_the_evaluation(demo_arguments, tmp_path):
     settings = config(demo_arguments("loop.max_steps=3"))
+    before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(StoppedError, match="SIGTERM"), Experiment(settings) as experiment:
         evaluate(Stopping(experiment.model), experiment.source("test"))
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 NUM_KILLS = 5
