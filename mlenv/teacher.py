@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import os
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -202,8 +204,27 @@ def _find(teacher: str, tracking_uri: str) -> Path:
 def _download(uri: str, tracking_uri: str) -> Path:
     import mlflow
 
-    mlflow.set_tracking_uri(absolute_uri(tracking_uri))
+    with _mlflow_at(absolute_uri(tracking_uri)):
+        try:
+            return Path(mlflow.artifacts.download_artifacts(artifact_uri=uri))
+        except (mlflow.exceptions.MlflowException, OSError) as error:
+            raise ConfigError(KEY, expected="a model that MLflow keeps", received=uri, fix=str(error).partition("\n")[0]) from error
+
+
+@contextmanager
+def _mlflow_at(uri: str) -> Iterator[None]:
+    """Models of a registry are looked up where MLflow is set to be, and it writes that to the environment too: a later training
+    of this process must not be tracked there."""
+    import mlflow
+
+    set_before = mlflow.get_tracking_uri() if mlflow.is_tracking_uri_set() else ""  # type: ignore[no-untyped-call]
+    environment = os.environ.get("MLFLOW_TRACKING_URI")
+    mlflow.set_tracking_uri(uri)
     try:
-        return Path(mlflow.artifacts.download_artifacts(artifact_uri=uri))
-    except (mlflow.exceptions.MlflowException, OSError) as error:
-        raise ConfigError(KEY, expected="a model that MLflow keeps", received=uri, fix=str(error).partition("\n")[0]) from error
+        yield
+    finally:
+        mlflow.set_tracking_uri(set_before)
+        if environment is None:
+            os.environ.pop("MLFLOW_TRACKING_URI", None)
+        else:
+            os.environ["MLFLOW_TRACKING_URI"] = environment

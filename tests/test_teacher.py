@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from dataclasses import replace
 
-import mlflow
 import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from mlflow import MlflowClient
 
 from mlenv import Experiment, compose, train
 from mlenv.cli import DONE, WRONG_INPUT, main
@@ -116,8 +117,8 @@ def test_a_student_learns_from_it_and_continues_to_the_bit(teacher, demo_argumen
 
 def test_mlflow_keeps_teachers_too(teacher, demo_arguments):
     folder, uri = teacher
-    mlflow.set_tracking_uri(uri)
-    run = mlflow.search_runs(experiment_names=["mlenv"], output_format="list")[0].info.run_id
+    client = MlflowClient(uri)
+    run = client.search_runs([client.get_experiment_by_name("mlenv").experiment_id])[0].info.run_id
     config = student(demo_arguments)
     local = Teacher(DistillationConfig(teacher=str(folder)), config.schema, CPU, tracking_uri="")
     stored = Teacher(DistillationConfig(teacher=f"runs:/{run}/model"), config.schema, CPU, tracking_uri=uri)
@@ -126,6 +127,7 @@ def test_mlflow_keeps_teachers_too(teacher, demo_arguments):
     torch.testing.assert_close(stored(batch).logits, local(batch).logits)
     with pytest.raises(ConfigError, match=r"objective\.distillation\.teacher: expected a model that MLflow keeps"):
         Teacher(DistillationConfig(teacher="runs:/0123/model"), config.schema, CPU, tracking_uri=uri)
+    assert "MLFLOW_TRACKING_URI" not in os.environ  # nobody after it is sent to the teacher's MLflow
 
 
 def test_columns_teach(ads, demo_arguments, tmp_path):
