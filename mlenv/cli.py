@@ -11,16 +11,23 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from mlenv.errors import ConfigError, GateError, MlenvError, StoppedError, TrainingError
+from mlenv.errors import (
+    DONE,
+    FAILED,
+    GATE,
+    STOPPED,
+    WRONG_INPUT,
+    ConfigError,
+    GateError,
+    MlenvError,
+    StoppedError,
+    TrainingError,
+)
 
 if TYPE_CHECKING:
     from mlenv.config import ExperimentConfig, WindowConfig
     from mlenv.feature_catalogue import CatalogueReader
     from mlenv.loops.evaluate import Evaluation
-
-DONE, FAILED, WRONG_INPUT, GATE = 0, 1, 2, 3
-STOPPED = 75
-"""EX_TEMPFAIL of sysexits.h: nothing is wrong, run the same command again. Schedulers can be told to requeue a job on it."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -420,9 +427,10 @@ def _with_config(run: Callable[[ExperimentConfig, argparse.Namespace], int], opt
 def _in_processes(run: Callable[[ExperimentConfig, argparse.Namespace], int], config: ExperimentConfig, options: argparse.Namespace) -> int:
     """Runs the command here, or in the processes that the config asks for."""
     if config.launch.num_processes > 1:
-        from mlenv.launch import is_launched, launch
+        from mlenv.launch import launch
+        from mlenv.loops.ranks import started_by_launcher
 
-        if not is_launched():
+        if not started_by_launcher():
             out = ["--out", str(options.out)] if "out" in options else []
             return launch(config, [options.verb, str(options.config), *out, *options.overrides])
     return run(config, options)

@@ -53,6 +53,13 @@ def from_plain(plain: Node, cls: type, title: str = "config") -> Any:
     return built
 
 
+def leaves(node: Any, key: str = "") -> dict[str, Any]:
+    """What nested mappings hold, by dotted key."""
+    if not isinstance(node, dict):
+        return {key: node}
+    return {name: value for part, entry in node.items() for name, value in leaves(entry, f"{key}.{part}" if key else part).items()}
+
+
 def to_plain(value: object, table: KindTable | None = None) -> Any:
     """Turns a config back into the dicts and lists that ``from_plain`` takes."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

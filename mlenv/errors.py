@@ -10,6 +10,11 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any, Self
 
+DONE, FAILED, WRONG_INPUT, GATE = 0, 1, 2, 3
+"""Exit codes of the command line: done; failed; wrong usage, config or data; a gate said no."""
+STOPPED = 75
+"""EX_TEMPFAIL of sysexits.h: nothing is wrong, run the same command again. Schedulers can be told to requeue a job on it."""
+
 
 class MlenvError(ValueError):
     """Base of the errors a user can fix. The command line prints it and ends with exit code 2."""

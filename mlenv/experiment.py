@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mlenv.batch import Batch, Extra, example_batch
-from mlenv.composition import from_plain, to_plain, to_yaml
+from mlenv.composition import from_plain, leaves, to_plain, to_yaml
 from mlenv.config import BALANCES, CALIBRATORS, ExperimentConfig
 from mlenv.dataset_record import DATASET_FILE, DatasetRecord, check_same_content, mlflow_inputs, read_dataset_record, record_dataset
 from mlenv.datasets.parquet_source import ParquetSource
@@ -439,7 +439,7 @@ class Experiment:
     def _check_resumable(self, checkpoint: Path, text: str) -> None:
         saved = _plain(text)
         self._check_schema(checkpoint, saved)
-        before, now = _flat(saved), _flat(to_plain(self.config))
+        before, now = leaves(saved), leaves(to_plain(self.config))
         loop, taught = self.config.loop, self.config.objective.distillation
         follows_length = loop.learning_rate_decay in ("linear", "cosine") or (taught is not None and taught.final_weight is not None)
         may_change = _MAY_CHANGE + (() if follows_length else _LENGTH) + (() if loop.monitor else _VALIDATION)
@@ -479,7 +479,7 @@ class Experiment:
         if not tracking.enabled:
             return
         self._tracker = MlflowTracker(self.output, uri=tracking.uri, experiment=tracking.experiment, run_name=self.config.name)
-        params = {key: str(value) for key, value in _flat(to_plain(self.config)).items() if not key.startswith("schema.")}
+        params = {key: str(value) for key, value in leaves(to_plain(self.config)).items() if not key.startswith("schema.")}
         self._tracker.start(params, self.facts)
         self._tracker.log_inputs(mlflow_inputs(self.dataset))
         self.keep(self.output / CONFIG)
@@ -497,10 +497,3 @@ def _plain(text: str) -> dict[str, Any]:
     plain = OmegaConf.to_container(OmegaConf.create(text))
     assert isinstance(plain, dict)
     return plain  # type: ignore[return-value]
-
-
-def _flat(node: Any, key: str = "") -> dict[str, Any]:
-    """Leaves of nested mappings by dotted key."""
-    if not isinstance(node, dict):
-        return {key: node}
-    return {name: value for part, entry in node.items() for name, value in _flat(entry, f"{key}.{part}" if key else part).items()}

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from mlenv.composition import from_plain, to_plain
+from mlenv.composition import from_plain, leaves, to_plain
 from mlenv.config import CONFIG_FILE, ChecksConfig
 from mlenv.errors import DataError, MlenvError, nearest
 from mlenv.feature_record import FEATURES_FILE, FeatureDay, FeatureRecord
@@ -127,7 +127,7 @@ class CataloguedFeature:
     @property
     def differences(self) -> list[str]:
         """Keys of the definition and of its tables that differ between runs, with their values and the runs that have them."""
-        plain = [(run, _flat(to_plain(run.schema.features, FEATURES)[self.name] | {"tables": self._tables(run)})) for run in self.runs]
+        plain = [(run, leaves(to_plain(run.schema.features, FEATURES)[self.name] | {"tables": self._tables(run)})) for run in self.runs]
         lines = []
         for key in dict.fromkeys(key for _, entry in plain for key in entry):
             by_value: dict[str, list[str]] = {}
@@ -294,14 +294,6 @@ def _paged(search: Any, **options: Any) -> Iterator[Any]:
         token = page.token
         if not token:
             return
-
-
-def _flat(plain: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Leaves of nested mappings by dotted key."""
-    found: dict[str, Any] = {}
-    for key, value in plain.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return found
 
 
 def _some(names: Sequence[str]) -> str:

@@ -9,15 +9,10 @@ from collections.abc import Sequence
 
 from mlenv.config import ExperimentConfig
 from mlenv.dry_run import check_parts
+from mlenv.errors import FAILED, GATE, STOPPED, WRONG_INPUT
 from mlenv.experiment import SPLITS, Experiment
-from mlenv.loops.ranks import started_by_launcher as is_launched
-
-__all__ = ["is_launched", "launch"]
 
 logger = logging.getLogger(__name__)
-
-WRONG_INPUT, GATE, STOPPED = 2, 3, 75
-"""Exit codes that end all tries: a wrong config or wrong data, a gate that said no, a signal that asked to stop."""
 
 
 def launch(config: ExperimentConfig, arguments: Sequence[str]) -> int:
@@ -62,9 +57,9 @@ def launch(config: ExperimentConfig, arguments: Sequence[str]) -> int:
             elastic_launch(group, sys.executable)("-m", "mlenv", *arguments)
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
-            if failure.exitcode in (WRONG_INPUT, GATE, STOPPED):
+            if failure.exitcode in (WRONG_INPUT, GATE, STOPPED):  # another try would only repeat it
                 return failure.exitcode
-            last = failure.exitcode if failure.exitcode > 0 else 1
+            last = failure.exitcode if failure.exitcode > 0 else FAILED
             logger.error(
                 "rank %d ended with exit code %d%s",
                 rank,
