@@ -1,0 +1,72 @@
+"""What an experiment is: the typed sections of a config file and the checks that cross them."""
+
+from mlenv.config.checks import ChecksConfig, Limits
+from mlenv.config.cross_checks import check
+from mlenv.config.data import WORKERS, DataConfig, DaysConfig, WindowConfig, Workers, WorkersConfig, is_day
+from mlenv.config.embeddings import EmbeddingsConfig, TableConfig, TableOptimizer
+from mlenv.config.experiment import CALIBRATORS, CONFIG_FILE, MODELS, CalibratorConfig, ExperimentConfig, ModelConfig
+from mlenv.config.launch import LaunchConfig
+from mlenv.config.loop import MONITORS, OPTIMIZERS, LoopConfig, OptimizerConfig
+from mlenv.config.objective import (
+    BALANCES,
+    LOSSES,
+    BalanceConfig,
+    DistillationConfig,
+    HiddenDistillationConfig,
+    LossConfig,
+    ObjectiveConfig,
+)
+from mlenv.config.tracking import TrackingConfig
+from mlenv.config.transforms import (
+    TRANSFORMS,
+    Findings,
+    LabelTransformConfig,
+    RowRule,
+    TableTransform,
+    TableTransformConfig,
+    TransformConfig,
+    WindowTransformConfig,
+)
+
+__all__ = [
+    "BALANCES",
+    "CALIBRATORS",
+    "CONFIG_FILE",
+    "LOSSES",
+    "MODELS",
+    "MONITORS",
+    "OPTIMIZERS",
+    "TRANSFORMS",
+    "WORKERS",
+    "BalanceConfig",
+    "CalibratorConfig",
+    "ChecksConfig",
+    "DataConfig",
+    "DaysConfig",
+    "DistillationConfig",
+    "EmbeddingsConfig",
+    "ExperimentConfig",
+    "Findings",
+    "HiddenDistillationConfig",
+    "LabelTransformConfig",
+    "LaunchConfig",
+    "Limits",
+    "LoopConfig",
+    "LossConfig",
+    "ModelConfig",
+    "ObjectiveConfig",
+    "OptimizerConfig",
+    "RowRule",
+    "TableConfig",
+    "TableOptimizer",
+    "TableTransform",
+    "TableTransformConfig",
+    "TrackingConfig",
+    "TransformConfig",
+    "WindowConfig",
+    "WindowTransformConfig",
+    "Workers",
+    "WorkersConfig",
+    "check",
+    "is_day",
+]
