@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mlenv.batch import Batch, Position
 from mlenv.errors import ConfigError
 from mlenv.loops.learning_rate import LearningRates
-from mlenv.loops.ranks import Shares, average_gradients, summed, world_size
+from mlenv.loops.ranks import Shares, average_gradients, clip_gradients, summed, world_size
 from mlenv.loops.weight_average import WeightAverage
 from mlenv.modules.objective import Losses, Objective
 
@@ -93,7 +93,7 @@ class EagerStep:
         average_gradients(self._objective.parameters())
         parameters, norm = self._clip
         if norm:
-            nn.utils.clip_grad_norm_(parameters, norm)
+            clip_gradients(parameters, norm)
         for optimizer in self._optimizers:
             optimizer.step()
             optimizer.zero_grad()

@@ -16,9 +16,9 @@ from typing import IO, Any, Literal, Self, get_args
 import torch
 import torch.distributed
 from lightning.fabric import Fabric
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from omegaconf import OmegaConf
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from mlenv.batch import Batch, Extra, example_batch
 from mlenv.composition import from_plain, leaves, to_plain, to_yaml
@@ -35,10 +35,12 @@ from mlenv.loops.fit import Progress
 from mlenv.loops.guarded_step import GuardedStep
 from mlenv.loops.learning_rate import LearningRates, schedule_of
 from mlenv.loops.optimizers import build_table_optimizers, dense_parameters, options_of_tables
-from mlenv.loops.ranks import Shares, all_ranks, is_main, join_group, rank, share, started_by_launcher, wait_for_all, world_size
-from mlenv.loops.sharding import shard
+from mlenv.loops.ranks import Shares, all_ranks, is_main, rank, share, started_by_launcher, wait_for_all, world_size
+from mlenv.loops.sharding import constraints_of, fill_tables, fuse_optimizers
 from mlenv.loops.step_statistics import step_statistics
 from mlenv.loops.stop_signals import StopSignals
+from mlenv.loops.strategy import TorchRecStrategy
+from mlenv.loops.table_memory import TablePlacement, check_memory, free_bytes, replicated
 from mlenv.loops.train_step import EagerStep, TrainStep
 from mlenv.loops.training_run import BEST_FOLDER, CHECKPOINT_FOLDER, CONFIG, PROGRESS, RunOptions, TrainingRun
 from mlenv.loops.training_state import model_tensors, optimizer_tensors, parameter_names, random_tensors
@@ -66,11 +68,16 @@ _MAY_CHANGE = (
     *("loop.log_every_steps", "loop.checkpoint_every_steps", "loop.keep_checkpoints", "loop.stop_after_evaluations", "loop.device"),
     *("loop.on_bad_loss", "loop.max_loss", "loop.max_skipped_steps", "loop.hang_timeout_seconds"),
     "data.content_hash",
+    "loop.strategy",
+    "embeddings.sharding",
 )
 """Keys that a resumed training may set anew; any other would make it another model."""
 
 JOINS = "joins.json"
 """What the joins of a training found, by window."""
+
+SHARDING = "sharding.json"
+"""Where each table lies, what of it on which rank, with how many bytes."""
 
 _HEADER = "# What mlenv composed of defaults, files and overrides.\n"
 
@@ -96,17 +103,15 @@ class Experiment:
         if not self.output.parent.is_dir():
             fix = f"mkdir -p '{self.output.parent}', or set output to a folder elsewhere"
             raise ConfigError("output", expected="a folder whose parent exists", received=str(self.output), fix=fix)
-        self._started_process_group = join_group("nccl" if config.loop.device != "cpu" and torch.cuda.is_available() else "gloo")
         self._lock: IO[str] | None = None
         self._tracker: MlflowTracker | None = None
         self._signals = StopSignals()
         if config.loop.device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("loop.device", expected="a device of this machine", received="cuda", fix="set it to auto or cpu")
-        devices: int | list[int] = 1
-        if started_by_launcher() and config.loop.device != "cpu" and torch.cuda.is_available():
-            devices = [int(os.environ["LOCAL_RANK"])]
-            torch.cuda.set_device(devices[0])
-        self.fabric = Fabric(accelerator=config.loop.device, devices=devices, precision=config.loop.precision)
+        was_in_group = torch.distributed.is_initialized()
+        self.fabric = _fabric(config)
+        self.fabric.launch()
+        self._started_process_group = torch.distributed.is_initialized() and not was_in_group
         self._sees_every_loss = sees_loss_for_free(self.fabric.device) if sees_every_loss is None else sees_every_loss
         self._sources: dict[Split, ParquetSource] = {}
         self._loaded: Path | None = None
@@ -115,18 +120,29 @@ class Experiment:
     def model(self) -> nn.Module:
         """The model, as it is trained: on its device, its TorchRec tables sharded."""
         config = self.config
+        strategy, device = self.fabric.strategy, self.fabric.device
+        if config.embeddings.engine == "torch":
+            check_memory(self.placements, free_bytes(device))
         embeddings = ENGINES[config.embeddings.engine](self.schema, config.embeddings, config.seed)
         torch.manual_seed(config.seed)
         model = config.model.build(self.schema, embeddings)
         if config.embeddings.engine == "torchrec":
-            self._started_process_group |= not torch.distributed.is_initialized()
-            model = shard(model, config.embeddings, self.fabric.device, config.seed)
+            fuse_optimizers(model, config.embeddings)
+            model = strategy.setup_module(model)
+            fill_tables(model, config.embeddings, _dims(self.schema), config.seed)
         else:
-            model = model.to(self.fabric.device)
-            if world_size() > 1:
-                model = DistributedDataParallel(model)
+            model = strategy.setup_module(model.to(device))
         torch.manual_seed(config.seed + rank())  # building may draw more or fewer numbers; training starts from the same
         return model
+
+    @property
+    def placements(self) -> dict[str, TablePlacement]:
+        """Where each table lies."""
+        if self.config.embeddings.engine == "torch":
+            return replicated(self.schema.tables, self.config.embeddings)
+        _ = self.model
+        assert isinstance(self.fabric.strategy, TorchRecStrategy)
+        return self.fabric.strategy.placements
 
     @cached_property
     def teach(self) -> Teach | None:
@@ -322,6 +338,8 @@ class Experiment:
             for split, source in self._sources.items()
             for join in source.joins.values()
         }
+        if "model" in self.__dict__ and world_size() > 1:
+            prints["tables"] = "; ".join(f"{table} {placement}" for table, placement in self.placements.items())
         return {**windows, **prints, "device": str(self.fabric.device), **run_tags()}
 
     @property
@@ -446,7 +464,7 @@ class Experiment:
         changed = [
             f"{key}: {before.get(key)!r} became {now.get(key)!r}"
             for key in {**before, **now}
-            if before.get(key) != now.get(key) and not key.startswith(("schema.", *may_change))
+            if before.get(key) != now.get(key) and not key.startswith(("schema.", *may_change)) and not _divides_a_table(key)
         ]
         if changed:
             fix = "put them back, or train in another output folder"
@@ -473,6 +491,8 @@ class Experiment:
         """Writes the config and begins the tracked run, once it is certain that the training goes on."""
         write_whole(self.dataset.to_json(), self.output / DATASET_FILE)
         write_whole(_HEADER + to_yaml(self.config), self.output / CONFIG)
+        placements = {table: dataclasses.asdict(placement) for table, placement in self.placements.items()}
+        write_whole(json.dumps(placements, indent=2), self.output / SHARDING)
         if joins := {split: source.joins for split, source in self._sources.items() if source.joins}:
             write_whole(json.dumps(joins, indent=2), self.output / JOINS)
         tracking = self.config.tracking
@@ -484,8 +504,38 @@ class Experiment:
         self._tracker.log_inputs(mlflow_inputs(self.dataset))
         self.keep(self.output / CONFIG)
         self.keep(self.output / DATASET_FILE)
+        self.keep(self.output / SHARDING)
         if joins:
             self.keep(self.output / JOINS)
+
+
+def _divides_a_table(key: str) -> bool:
+    return key.startswith("embeddings.tables.") and key.endswith(".sharding")
+
+
+def _dims(schema: Schema) -> dict[str, int]:
+    """Width of each table."""
+    return {name: table.embedding_dim for name, table in schema.tables.items()}
+
+
+def _fabric(config: ExperimentConfig) -> Fabric:
+    """Device, precision and strategy; with a launcher's processes in one group when it is launched."""
+    loop, embeddings, is_launched = config.loop, config.embeddings, started_by_launcher()
+    num_processes = int(os.environ["WORLD_SIZE"]) if is_launched else 1
+    num_local = int(os.environ.get("LOCAL_WORLD_SIZE", num_processes)) if is_launched else 1
+    strategy: str | TorchRecStrategy = "auto"
+    if is_launched or embeddings.engine == "torchrec":
+        constraints = constraints_of(embeddings, _dims(config.schema), num_processes) if embeddings.engine == "torchrec" else None
+        strategy = TorchRecStrategy(constraints, dense="fsdp" if loop.strategy == "fsdp" else "ddp")
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)  # which processes there are, the log says already
+    return Fabric(
+        accelerator=loop.device,
+        devices=num_local,
+        num_nodes=num_processes // num_local,
+        precision=loop.precision,
+        strategy=strategy,
+        plugins=[TorchElasticEnvironment()] if is_launched else None,
+    )
 
 
 def sees_loss_for_free(device: torch.device) -> bool:

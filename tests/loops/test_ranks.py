@@ -13,6 +13,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
+from processes import run_ranks
+from rank_jobs import evaluate_each, run_example, train_each
 from safetensors.torch import load_file
 
 from mlenv.batch import SparseFeatures, example_batch
@@ -24,12 +26,17 @@ from mlenv.loops.training_run import PROGRESS
 
 ROOT = Path(__file__).resolve().parents[2]
 GROUP = 64
-ENGINES = {
-    "torch": ["embeddings.engine=torch"],
-    "torchrec": [
-        "embeddings.engine=torchrec",
-        "embeddings.tables={item: {sharding: row_wise}, advertiser_id: {sharding: column_wise}, user: {sharding: table_wise}}",
+TORCH, TORCHREC, FSDP = "embeddings.engine=torch", "embeddings.engine=torchrec", "loop.strategy=fsdp"
+CLIP, AVERAGE = "optimizer.gradient_clip_norm=0.5", "loop.ema_decay=0.9"
+CASES = {
+    "ddp": [TORCH],
+    "fsdp": [TORCH, FSDP, CLIP, AVERAGE, "embeddings.tables={hour: {optimizer: adam, learning_rate: 0.01}}"],
+    "sharded": [
+        *(TORCHREC, CLIP, "optimizer.kind=lion"),
+        "embeddings.tables={item: {sharding: row_wise}, hour: {sharding: table_wise},"
+        " user: {sharding: column_wise, optimizer: sgd, learning_rate: 5}}",
     ],
+    "sharded fsdp": [TORCHREC, FSDP, "optimizer.kind=lion", AVERAGE],
 }
 
 
@@ -71,27 +78,66 @@ def metrics(output: Path) -> dict[str, float]:
     return json.loads((output / "metrics.json").read_text())
 
 
+def settings_of(log: Path, output: Path, num_ranks: int, *settings: str) -> list[str]:
+    """A short training whose steps have 128 rows over all ranks; the last one is smaller."""
+    common = [f"data.path={log}", "data.train.end=2026-01-02", "data.test.start=2026-01-03", "data.shuffle_rows=0", f"output={output}"]
+    common += [f"data.batch_size={2 * GROUP // num_ranks}", "tracking.enabled=false", "loop.log_every_steps=1", "loop.max_steps=0"]
+    return [*common, *settings]
+
+
+@pytest.fixture(scope="module")
+def trained(log, tmp_path_factory) -> Path:
+    """Each case trained by one process and by two; the folders are called ``CASE by NUMBER``."""
+    folder = tmp_path_factory.mktemp("trained")
+    for number in (1, 2):
+        cases = {
+            name: [*settings_of(log, folder / f"{name} by {number}", number, *settings), "data.test=null"]
+            for name, settings in CASES.items()
+        }
+        for said in run_ranks(number, train_each, cases):
+            assert said == dict.fromkeys(CASES, "")
+    return folder
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ENGINES)
-def test_two_processes_have_the_curve_of_one_and_their_checkpoint_is_read_by_any_number(command, tmp_path, engine):
-    for name, number in (("one", 1), ("two", 2)):
-        said = run(command("train", name, number, *ENGINES[engine]))
-    if engine == "torchrec":
-        assert "table item: row_wise on ranks [0, 1]" in said
-    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
-    assert len(one) == 20
-    torch.testing.assert_close(two, one, rtol=0, atol=1e-5)
-    trained = metrics(tmp_path / "two")
-    for name, value in metrics(tmp_path / "one").items():
-        assert trained[name] == pytest.approx(value, abs=1e-4, nan_ok=True), name
-    for number in (1, 3) if engine == "torchrec" else (3,):
-        # A step of another size is another training, so the batch size stays that of two.
-        run(command("evaluate", "two", number, *ENGINES[engine], f"data.batch_size={GROUP}"))
-        for name, value in metrics(tmp_path / "two").items():
-            assert trained[name] == pytest.approx(value, abs=1e-6, nan_ok=True), name
-    if engine == "torch":
-        said = run(command("train", "two", 3, *ENGINES[engine], f"data.batch_size={GROUP}"), code=2)
-        assert "expected 2 processes, among which the data were divided" in said
+def test_two_processes_have_the_curve_of_one(trained):
+    for case in CASES:
+        one, two = losses(trained / f"{case} by 1"), losses(trained / f"{case} by 2")
+        assert len(one) == 20
+        torch.testing.assert_close(two, one, rtol=0, atol=1e-5, msg=lambda text, case=case: f"{case}: {text}")
+
+
+@pytest.mark.slow
+def test_the_record_says_where_each_table_lies(trained):
+    sharded, copied = (json.loads((trained / f"{case} by 2" / "sharding.json").read_text()) for case in ("sharded", "ddp"))
+    item, user = sharded["item"], sharded["user"]
+    assert (item["sharding"], item["kernel"]) == ("row_wise", "fused")
+    # 500 rows of 16 numbers and one accumulator, 4 bytes each.
+    assert item["shards"] == [{"rank": rank, "rows": 250, "columns": 16, "bytes": 250 * 17 * 4} for rank in (0, 1)]
+    assert item["estimated_milliseconds"] > 0
+    assert [(shard["rows"], shard["columns"], shard["bytes"]) for shard in user["shards"]] == [(2000, 8, 2000 * 8 * 4)] * 2
+    assert sorted(shard["rank"] for shard in user["shards"]) == [0, 1]
+    assert copied["item"]["sharding"] == "replicated"
+    assert copied["item"]["shards"][1] == {"rank": 1, "rows": 500, "columns": 16, "bytes": 500 * 17 * 4}
+
+
+@pytest.mark.slow
+def test_any_number_of_processes_reads_a_checkpoint_with_any_strategy(trained, log):
+    others = {"ddp": "sharded fsdp", "fsdp": "ddp", "sharded": "ddp", "sharded fsdp": "sharded"}
+    expected = run_ranks(1, evaluate_each, {case: settings_of(log, trained / f"{case} by 1", 2, *CASES[case]) for case in CASES})[0]
+    cases = {case: settings_of(log, trained / f"{case} by 2", 2, *CASES[other]) for case, other in others.items()}
+    for metrics in run_ranks(3, evaluate_each, cases):
+        for case in CASES:
+            for name, value in expected[case].items():
+                assert metrics[case][name] == pytest.approx(value, abs=1e-4, nan_ok=True), (case, name)
+
+
+@pytest.mark.slow
+def test_fabric_alone_trains_saves_and_loads_with_the_strategy(tmp_path):
+    (losses, difference), (others, _) = run_ranks(2, run_example, str(tmp_path / "saved"))
+    assert losses == others
+    assert losses[-1] < 0.5 < 0.65 < losses[0]
+    assert difference < 1e-6
 
 
 @pytest.mark.slow
