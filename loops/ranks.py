@@ -24,18 +24,21 @@ class Shares:
     """How the rows of a training are divided over the ranks; each rank's batches are full but for its last one."""
 
     rows: tuple[int, ...]
-    """Rows of each rank, over all epochs."""
+    """Rows of each rank, over all epochs, from ``first_step`` on."""
     batch_size: int
     """Examples per step and rank."""
+    first_step: int = 0
+    """Steps before these rows were divided."""
 
     @property
     def num_steps(self) -> int:
         """Steps until every rank has trained on all of its rows."""
-        return -(-max(self.rows) // self.batch_size)
+        return self.first_step - (-max(self.rows) // self.batch_size)
 
     def examples(self, step: int) -> int:
         """Examples of all ranks in the step of this number, from 0."""
-        return sum(min(max(rows - step * self.batch_size, 0), self.batch_size) for rows in self.rows)
+        before = (step - self.first_step) * self.batch_size
+        return sum(min(max(rows - before, 0), self.batch_size) for rows in self.rows)
 
 
 def started_by_launcher() -> bool:

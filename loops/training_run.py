@@ -13,17 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from mlenv.batch import Position
 from mlenv.config import CONFIG_FILE, MONITORS
+from mlenv.datasets.division import Division
 from mlenv.errors import CheckpointError, StoppedError, TrainingError
-from mlenv.loops.checkpoint import list_checkpoints, load_tensors, newest_checkpoint, save_checkpoint
+from mlenv.loops.checkpoint import list_checkpoints, load_tensors, save_checkpoint
 from mlenv.loops.fit import Progress
 from mlenv.loops.journal import JOURNAL_FILE, Journal, SilentJournal
-from mlenv.loops.ranks import all_ranks, any_rank, from_main, is_main, rank, summed, world_size
+from mlenv.loops.ranks import all_ranks, any_rank, is_main, rank, summed, world_size
 from mlenv.loops.stop_signals import StopSignals
 from mlenv.loops.train_step import StepOutput
 from mlenv.loops.training_state import of_rank, random_tensors, set_random_tensors
@@ -55,6 +57,10 @@ class RunOptions:
     """Of the training data, and of the teacher's checkpoint: a training that goes on must go on with the same."""
     max_loss: float | None = None
     """A step with a larger loss is a bad one; None for no limit."""
+    division: Division = Division()
+    """How the training rows are divided over the ranks."""
+    seed: int = 0
+    """Of the random generators of ranks that there were not before."""
     hang_timeout_seconds: float = 0
     """Longest time between two steps; 0 waits for ever."""
 
@@ -68,6 +74,7 @@ class TrainingRun:
 
     Args:
         output: folder of the run.
+        find: gives the newest good checkpoint; None where there is none.
         state: gives all tensors of model and optimizers; they are saved as they are, and loaded in place.
         begin: prepares a model that starts from nothing, such as its normalization.
         check: refuses the config of a checkpoint that the training cannot continue from.
@@ -82,6 +89,7 @@ class TrainingRun:
         output: Path,
         options: RunOptions,
         *,
+        find: Callable[[], Path | None],
         state: Callable[[], dict[str, Any]],
         begin: Callable[[], None],
         check: Callable[[Path, str], None],
@@ -92,6 +100,7 @@ class TrainingRun:
     ) -> None:
         self.journal: Journal | SilentJournal = Journal(output / JOURNAL_FILE) if is_main() else SilentJournal()
         self._checkpoints, self._best, self._options = output / CHECKPOINT_FOLDER, output / BEST_FOLDER, options
+        self._find = find
         self._state, self._begin, self._check, self._started = state, begin, check, started
         self._validate, self._gauges, self._signals = validate, gauges, signals
         self._saved_step, self._is_disk_full = 0, False
@@ -109,8 +118,7 @@ class TrainingRun:
         Raises:
             CheckpointError: the checkpoint belongs to another config or to other data, or all checkpoints are damaged.
         """
-        found = from_main(str((is_main() and newest_checkpoint(self._checkpoints)) or ""))  # only rank 0 reads all to verify it
-        checkpoint = Path(found) if found else None
+        checkpoint = self._find()
         if checkpoint is None:
             self._begin()
             progress = Progress()
@@ -221,8 +229,9 @@ class TrainingRun:
         self.journal.sync()
         tensors = {**self._state(), **random_tensors(), **self._own_sums()}
         record = dataclasses.asdict(progress) | {"position": all_ranks(dataclasses.astuple(progress.position))}
+        record |= {"division": dataclasses.asdict(self._options.division), "fingerprints": dict(self._options.fingerprints)}
         documents = {
-            PROGRESS: json.dumps(record | {"fingerprints": dict(self._options.fingerprints)}, indent=2),
+            PROGRESS: json.dumps(record, indent=2),
             CONFIG: self._options.config,
         }
         save_checkpoint(folder, progress.step, tensors, documents, keep)
@@ -272,15 +281,29 @@ class TrainingRun:
             expected = f"the files it was trained with ({found.get(what)})"
             raise CheckpointError(f"{checkpoint}, {what}", expected=expected, received=now.get(what), fix=fix)
         positions = record.pop("position")
+        record.pop("division", None)  # whoever asked to find the checkpoint has read it
         if len(positions) != world_size():
-            fix = f"run it with {len(positions)} processes, or train in another output folder"
-            expected = f"{len(positions)} processes, among which the data were divided"
-            raise CheckpointError(f"{checkpoint}, position", expected=expected, received=world_size(), fix=fix)
+            self._load_from_others(checkpoint, len(positions), record["step"])
+            return Progress(**record, position=self._options.division.start)
         random, sums = random_tensors(), self._own_sums()
         load_tensors(checkpoint, {**self._state(), **random, **sums})
         set_random_tensors(random)
         self._sums = {name: sums[of_rank(f"run.{name}")] for name in self._sums}
         return Progress(**record, position=Position(*positions[rank()]))
+
+    def _load_from_others(self, checkpoint: Path, num_ranks: int, step: int) -> None:
+        """Goes on from a checkpoint of another number of ranks: the sums of all are added up, and the random generators begin anew."""
+        sums = {
+            of_rank(f"run.{name}", number): torch.zeros_like(own, device="cpu")
+            for number in range(num_ranks)
+            for name, own in self._sums.items()
+        }
+        load_tensors(checkpoint, {**self._state(), **sums})
+        for name, own in self._sums.items():
+            total = torch.stack([sums[of_rank(f"run.{name}", number)] for number in range(num_ranks)]).sum(0)
+            self._sums[name] = total if is_main() else torch.zeros_like(own)
+        torch.manual_seed(int(np.random.SeedSequence([self._options.seed, step, rank()]).generate_state(1, np.uint64)[0]) >> 1)
+        logger.info("the training had %d processes until step %d, and has %d now", num_ranks, step, world_size())
 
     def _record(self, progress: Progress) -> None:
         sums = {name: summed(sums) for name, sums in self._sums.items()}

@@ -20,22 +20,23 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from omegaconf import OmegaConf
 from torch import nn
 
-from mlenv.batch import Batch, Extra, example_batch
+from mlenv.batch import Batch, Extra, Position, example_batch
 from mlenv.composition import from_plain, leaves, to_plain, to_yaml
 from mlenv.config import BALANCES, CALIBRATORS, ExperimentConfig
 from mlenv.dataset_record import DATASET_FILE, DatasetRecord, check_same_content, mlflow_inputs, read_dataset_record, record_dataset
+from mlenv.datasets.division import Division, divide_anew, division_from
 from mlenv.datasets.parquet_source import ParquetSource
 from mlenv.errors import CheckpointError, ConfigError, MlenvError
 from mlenv.kinds import kind_of
 from mlenv.loops.bad_step import bad_step_folder, save_bad_step
 from mlenv.loops.calibration import CALIBRATORS_FILE, Calibrator, calibrators_from_json, calibrators_to_json, fit_calibrators
-from mlenv.loops.checkpoint import add_document, list_checkpoints, load_tensors, read_document, verify
+from mlenv.loops.checkpoint import add_document, list_checkpoints, load_tensors, newest_checkpoint, read_document, verify
 from mlenv.loops.evaluate import evaluate, score
 from mlenv.loops.fit import Progress
 from mlenv.loops.guarded_step import GuardedStep
 from mlenv.loops.learning_rate import LearningRates, schedule_of
 from mlenv.loops.optimizers import build_table_optimizers, dense_parameters, options_of_tables
-from mlenv.loops.ranks import Shares, all_ranks, is_main, rank, share, started_by_launcher, wait_for_all, world_size
+from mlenv.loops.ranks import Shares, all_ranks, from_main, is_main, rank, share, started_by_launcher, wait_for_all, world_size
 from mlenv.loops.sharding import constraints_of, fill_tables, fuse_optimizers
 from mlenv.loops.step_statistics import step_statistics
 from mlenv.loops.stop_signals import StopSignals
@@ -188,8 +189,35 @@ class Experiment:
     @cached_property
     def shares(self) -> Shares:
         """How the training rows are divided over the processes and their steps."""
-        rows = all_ranks((self.source("train").num_own_rows,))
-        return Shares(tuple(own for (own,) in rows), self.config.data.batch_size * self.config.loop.accumulate_batches)
+        source = self.source("train")
+        source.division = self.division
+        if is_main() and len(source.row_groups) < world_size():
+            fix = "write smaller row groups, or train with fewer processes"
+            logger.warning(
+                "data.train: %d row groups for %d processes: the others train on empty batches. Fix: %s.",
+                len(source.row_groups),
+                world_size(),
+                fix,
+            )
+        rows = tuple(own for (own,) in all_ranks((source.num_own_rows,)))
+        return Shares(rows, self.config.data.batch_size * self.config.loop.accumulate_batches, self.division.step)
+
+    @cached_property
+    def division(self) -> Division:
+        """How the training rows are divided: anew where the checkpoint to go on from is of another number of processes."""
+        if self._newest is None:
+            return Division()
+        record = json.loads((self._newest / PROGRESS).read_text())
+        before, positions = division_from(record.get("division")), [Position(*position) for position in record["position"]]
+        if len(positions) == world_size():
+            return before
+        return divide_anew(before, positions, record["step"], world_size(), self.source("train").rows_of_windows)
+
+    @cached_property
+    def _newest(self) -> Path | None:
+        """The checkpoint that the training goes on from; only rank 0 reads all of it, to verify it."""
+        found = from_main(str((is_main() and newest_checkpoint(self.output / CHECKPOINT_FOLDER)) or ""))
+        return Path(found) if found else None
 
     @cached_property
     def average(self) -> WeightAverage | None:
@@ -233,10 +261,13 @@ class Experiment:
             fingerprints={"training data": source.fingerprint, **self._teacher_fingerprint},
             max_loss=loop.max_loss,
             hang_timeout_seconds=loop.hang_timeout_seconds,
+            division=self.division,
+            seed=self.config.seed,
         )
         return TrainingRun(
             self.output,
             options,
+            find=lambda: self._newest,
             state=self._tensors,
             begin=self._fit_normalization,
             check=self._check_resumable,
@@ -461,6 +492,13 @@ class Experiment:
         loop, taught = self.config.loop, self.config.objective.distillation
         follows_length = loop.learning_rate_decay in ("linear", "cosine") or (taught is not None and taught.final_weight is not None)
         may_change = _MAY_CHANGE + (() if follows_length else _LENGTH) + (() if loop.monitor else _VALIDATION)
+        num_before = len(json.loads((checkpoint / PROGRESS).read_text())["position"])
+        if num_before != world_size():  # which may keep the examples of a step, over all ranks, or take the chance to change them
+            may_change += ("data.batch_size",)
+            if (total := num_before * before["data.batch_size"]) != (total_now := world_size() * now["data.batch_size"]):
+                logger.warning(
+                    "a step had %d examples over %d processes, and has %d over %d now", total, num_before, total_now, world_size()
+                )
         changed = [
             f"{key}: {before.get(key)!r} became {now.get(key)!r}"
             for key in {**before, **now}

@@ -133,6 +133,33 @@ def test_any_number_of_processes_reads_a_checkpoint_with_any_strategy(trained, l
 
 
 @pytest.mark.slow
+def test_a_training_goes_on_with_another_number_of_processes(log, tmp_path):
+    """With learning rates of nothing, the sums of the losses tell whether every row was trained once an epoch and none was forgotten."""
+    unlearned = ["optimizer.learning_rate=1e-30", "embeddings.learning_rate=1e-30", "loop.learning_rate_decay=none", "data.num_epochs=2"]
+    unlearned += ["loop.log_every_steps=1000", "data.test=null", "data.shuffle_rows=100"]
+    changes = {"whole": (1, 1, [TORCH]), "2 to 3": (2, 3, [TORCHREC]), "2 to 1": (2, 1, [TORCHREC, FSDP]), "1 to 2": (1, 2, [TORCH, FSDP])}
+    for stage, limit in ((0, 24), (1, 0)):
+        for number in (1, 2, 3):
+            cases = {
+                name: [*settings_of(log, tmp_path / name, number, *settings, *unlearned), f"loop.max_steps={limit}"]
+                for name, (*numbers, settings) in changes.items()
+                if numbers[stage] == number
+            }
+            if cases:
+                assert run_ranks(number, train_each, cases)[0] == dict.fromkeys(cases, "")
+    sums = {}
+    for name in changes:
+        checkpoint = list_checkpoints(tmp_path / name / "checkpoints")[-1]
+        progress = json.loads((checkpoint / PROGRESS).read_text())
+        assert progress["examples"] == 2 * (39 * GROUP + 11), name
+        assert len(progress["position"]) == changes[name][1]
+        tensors = {key: tensor for file in checkpoint.glob("*.safetensors") for key, tensor in load_file(file).items()}
+        sums[name] = torch.stack([tensor for key, tensor in sorted(tensors.items()) if key.startswith("run.")]).view(2, -1, 2).sum(1)
+    for name, total in sums.items():
+        torch.testing.assert_close(total, sums["whole"], rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.slow
 def test_fabric_alone_trains_saves_and_loads_with_the_strategy(tmp_path):
     (losses, difference), (others, _) = run_ranks(2, run_example, str(tmp_path / "saved"))
     assert losses == others

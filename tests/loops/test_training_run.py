@@ -25,6 +25,7 @@ def run_of(folder, values, monitor="click/auc"):
     run = TrainingRun(
         folder,
         options,
+        find=lambda: newest_checkpoint(folder / "checkpoints"),
         state=lambda: {"weight": torch.zeros(1)},
         begin=lambda: None,
         check=lambda path, text: None,
