@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.state_dict import _init_optim_state
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -134,14 +134,14 @@ class _SyncControl(_BackwardSyncControl):
 
 @contextmanager
 def without_synchronization(model: nn.Module) -> Iterator[None]:
-    """Backward passes inside leave each rank its own gradients, added up; one after it averages the sums over the ranks."""
+    """Backward passes inside leave each rank its own gradients, added up; one after it averages the sums over the ranks.
+
+    FSDP goes on averaging each: a whole gradient that waits on every rank would cost the memory that it is there to save.
+    """
     with ExitStack() as stack:
         for module in model.modules():
             if isinstance(module, DistributedDataParallel):
                 stack.enter_context(module.no_sync())
-            elif isinstance(module, FSDPModule):
-                module.set_requires_gradient_sync(False, recurse=False)
-                stack.callback(module.set_requires_gradient_sync, True, recurse=False)
         for copy in (parameter for parameter in model.parameters() if hasattr(parameter, _IS_AVERAGED)):
             setattr(copy, _IS_AVERAGED, False)
             stack.callback(setattr, copy, _IS_AVERAGED, True)

@@ -44,7 +44,7 @@ from mlenv.loops.strategy import TorchRecStrategy
 from mlenv.loops.table_memory import TablePlacement, check_memory, free_bytes, replicated
 from mlenv.loops.train_step import EagerStep, TrainStep
 from mlenv.loops.training_run import BEST_FOLDER, CHECKPOINT_FOLDER, CONFIG, PROGRESS, RunOptions, TrainingRun
-from mlenv.loops.training_state import model_tensors, optimizer_tensors, parameter_names, random_tensors
+from mlenv.loops.training_state import changing_buffers, model_tensors, optimizer_tensors, parameter_names, random_tensors
 from mlenv.loops.weight_average import WeightAverage
 from mlenv.modules import ENGINES, NumericNormalization, Objective, gate_gauges
 from mlenv.modules.distillation import Teach
@@ -173,18 +173,13 @@ class Experiment:
         if schedule is not None:
             rates = LearningRates(self.optimizers, getattr(self.model, "fused_optimizer", None), schedule)
         accumulated = self.config.loop.accumulate_batches
-        if world_size() > 1 and accumulated > 1:
-            received = f"{accumulated} with {world_size()} processes"
-            raise ConfigError(
-                "loop.accumulate_batches", expected="1 with several processes", received=received, fix="train with more processes"
-            )
         empty = example_batch(self.schema, num_rows=0)
         step = EagerStep(
             self.fabric, self.model, self.optimizers, self.objective, clip, rates, self.shares, empty, self.average, accumulated
         )
         if not self._sees_every_loss:
             return step
-        return GuardedStep(step, self.model, self.objective, self.optimizers, self.config.loop, self._keep_bad_step)
+        return GuardedStep(step, self.model, self.objective, self.optimizers, self.config.loop, self._keep_bad_step, empty)
 
     @cached_property
     def shares(self) -> Shares:
@@ -422,6 +417,7 @@ class Experiment:
         return [*dense_parameters(self.model), *self.objective.parameters()]
 
     def _tensors(self) -> dict[str, Any]:
+        self._agree_on_buffers()
         objective = {f"objective.{name}": tensor for name, tensor in self.objective.state_dict().items()}
         names = parameter_names(self.model, self.objective)
         averaged = {} if self.average is None else self.average.tensors()
@@ -455,7 +451,12 @@ class Experiment:
                     reader.close()
                 share(module.buffers())
 
+    def _agree_on_buffers(self) -> None:
+        """What each process has followed by itself, such as the means of a batch normalization, becomes that of the first."""
+        share(changing_buffers(self.model, self.objective))
+
     def _validate(self) -> dict[str, float]:
+        self._agree_on_buffers()
         with nullcontext() if self.average is None else self.average.in_place():
             return evaluate(self.model, self.source("validation")).metrics
 

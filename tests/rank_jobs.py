@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import logging
+import logging.handlers
+import math
+import os
 import runpy
+import signal
 import warnings
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +45,50 @@ def evaluate_each(cases: Mapping[str, Sequence[str]]) -> dict[str, dict[str, flo
             experiment.load()
             metrics[name] = evaluate(experiment.model, experiment.source("test")).metrics
     return metrics
+
+
+def skip_and_stop(settings: Sequence[str]) -> dict[str, Any]:
+    """A training of which rank 1 has a bad loss in the third step, and is asked to end in the sixth."""
+    from mlenv import Experiment, compose, fit
+    from mlenv.errors import StoppedError
+    from mlenv.loops.ranks import rank
+
+    _be_quiet()
+    config = compose(ROOT / "examples/demo/ranker.yaml", settings)
+    with Experiment(config) as experiment:
+        step = experiment.step
+        advance, weights, seen = step.advance, [], []
+
+        def advance_and_look(batches, progress):
+            if rank() == 1 and progress.step == 5:
+                os.kill(os.getpid(), signal.SIGTERM)
+            hook = experiment.model.register_forward_hook(lambda *told: told[-1] * math.nan) if rank() == 1 and progress.step == 2 else None
+            output = advance(batches, progress)
+            if hook is not None:
+                hook.remove()
+            weights.append(torch.cat([parameter.detach().flatten() for parameter in experiment.model.parameters()]))
+            seen.append((output.num_examples, output.is_skipped))
+            return output
+
+        step.advance = advance_and_look
+        said = ""
+        try:
+            fit(step, experiment.source("train"), experiment.run, config.loop)
+        except StoppedError as error:
+            said = str(error)
+    stays = [bool(torch.equal(*pair)) for pair in pairwise(weights)]
+    return {"seen": seen, "stays": stays, "said": said, "sum": float(weights[-1].double().sum())}
+
+
+def train_on_few_rows(settings: Sequence[str]) -> list[str]:
+    """What a training warns of."""
+    from mlenv import compose, train
+
+    torch.set_num_threads(1)
+    handler = logging.handlers.BufferingHandler(100)
+    logging.getLogger("mlenv").addHandler(handler)
+    train(compose(ROOT / "examples/demo/ranker.yaml", settings))
+    return [record.getMessage() for record in handler.buffer if record.levelno == logging.WARNING]
 
 
 def run_example(folder: str) -> tuple[list[float], float]:
