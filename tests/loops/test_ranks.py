@@ -177,7 +177,7 @@ def test_a_bad_loss_or_a_signal_of_one_process_is_that_of_all(log, tmp_path):
 
 @pytest.mark.slow
 def test_more_processes_than_row_groups_train_with_a_warning(ads, tmp_path):
-    few = tmp_path / "few" / "date=2026-01-01"
+    few = tmp_path / "few" / "date=2026-01-02"
     few.mkdir(parents=True)
     pq.write_table(pq.read_table(next(ads.rglob("*.parquet")), partitioning=None).slice(0, GROUP + 1), few / "part.parquet")
     settings = ["data.test=null", "model.deep.normalization=batch", TORCH]
