@@ -426,14 +426,15 @@ def _with_config(run: Callable[[ExperimentConfig, argparse.Namespace], int], opt
 
 def _in_processes(run: Callable[[ExperimentConfig, argparse.Namespace], int], config: ExperimentConfig, options: argparse.Namespace) -> int:
     """Runs the command here, or in the processes that the config asks for."""
-    if config.launch.num_processes > 1:
-        from mlenv.launch import launch
-        from mlenv.loops.ranks import started_by_launcher
+    from mlenv.loops.ranks import started_by_launcher
 
-        if not started_by_launcher():
-            out = ["--out", str(options.out)] if "out" in options else []
-            return launch(config, [options.verb, str(options.config), *out, *options.overrides])
-    return run(config, options)
+    if not config.launch.starts_processes or started_by_launcher():
+        return run(config, options)
+    from mlenv.config import Command
+
+    out = ["--out", str(options.out)] if "out" in options else []
+    arguments = (options.verb, str(options.config), *out, *options.overrides)
+    return config.launch.run(config, Command(arguments, lambda config: run(config, options)))
 
 
 def _show(config: ExperimentConfig) -> int:
