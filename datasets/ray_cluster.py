@@ -29,8 +29,12 @@ def check_address(address: str) -> None:
 
 
 def keep_ray_train_quiet() -> None:
-    """Runs in every process that works for this one. Ray Train warns each second of a cluster without a dashboard."""
+    """Runs in every process that works for this one. A part of Ray Train asks the dashboard every second whether the training is
+    there: it warns each time that there is none, and takes one of several clusters of a machine for the wrong one."""
+    import ray
+
     logging.getLogger("ray.train").setLevel(logging.CRITICAL)
+    os.environ.setdefault("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
 
 
 def connect(address: str, key: str, *, num_cpus: int, show_logs: bool = False, env: dict[str, str] | None = None) -> ModuleType:

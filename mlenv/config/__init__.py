@@ -5,6 +5,7 @@ from mlenv.config.cross_checks import check
 from mlenv.config.data import WORKERS, DataConfig, DaysConfig, WindowConfig, Workers, WorkersConfig, is_day
 from mlenv.config.embeddings import EmbeddingsConfig, TableConfig, TableOptimizer
 from mlenv.config.experiment import CALIBRATORS, CONFIG_FILE, MODELS, CalibratorConfig, ExperimentConfig, ModelConfig
+from mlenv.config.job import JobConfig
 from mlenv.config.launch import LAUNCHERS, Command, LauncherConfig
 from mlenv.config.loop import MONITORS, OPTIMIZERS, LoopConfig, OptimizerConfig
 from mlenv.config.objective import (
@@ -50,6 +51,7 @@ __all__ = [
     "ExperimentConfig",
     "Findings",
     "HiddenDistillationConfig",
+    "JobConfig",
     "LabelTransformConfig",
     "LauncherConfig",
     "Limits",

@@ -30,6 +30,10 @@ class LauncherConfig(Protocol):
         """Each takes a share of the rows."""
 
     @property
+    def max_restarts(self) -> int:
+        """How often all are started again when one has died."""
+
+    @property
     def starts_processes(self) -> bool:
         """False where the process that was given the command does all itself."""
 
