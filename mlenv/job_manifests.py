@@ -153,8 +153,9 @@ MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 export MASTER_ADDR MASTER_PORT
 
 for attempt in $(seq 0 {max_restarts}); do
+    # The first process that ends ends no other: one that was told to stop has still to say so.
     # shellcheck disable=SC2016 # each process fills in its own
-    srun --kill-on-bad-exit=1 bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS exec "$@"' \\
+    srun --kill-on-bad-exit=0 --wait=0 bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS exec "$@"' \\
         bash {command}
     code=$?
     case $code in
