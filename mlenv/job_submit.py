@@ -58,9 +58,9 @@ def follow(job: str, address: str, write: Callable[[str], object]) -> int:
 
 
 def _client(address: str) -> Any:
-    sdk = require("ray.job_submission", extra="ray")
+    sdk, exceptions = require("ray.job_submission", extra="ray"), require("ray.exceptions", extra="ray")
     try:
         return sdk.JobSubmissionClient(address)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (ConnectionError, RuntimeError, ValueError, exceptions.RayError) as error:  # RayError: it asks for a token
         expected = "the address of a Ray cluster's dashboard that answers, such as http://HEAD:8265"
         raise ConfigError("--address", expected=expected, received=f"{address} ({' '.join(str(error).split())})") from error

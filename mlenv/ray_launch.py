@@ -88,7 +88,8 @@ class _Ended:
 def _run_on_cluster(options: RayLauncherConfig, config: ExperimentConfig, command: Command) -> int:
     from mlenv.loops.stop_signals import StopSignals
 
-    env = _QUIET | {name: value for name, value in os.environ.items() if name.startswith(_SENT_ON)}
+    # What a job has in its environment its processes have too, and Ray takes nothing twice.
+    env = _QUIET | {name: value for name, value in os.environ.items() if name.startswith(_SENT_ON) and name not in config.job.env}
     if not options.address:
         env["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # nobody takes this machine away from its own cluster
     # Ray Train keeps a folder of its own, which stays empty: the checkpoints are ours.
