@@ -48,6 +48,10 @@ class StopSignals:
         """Name of the last signal that came; empty for none."""
         return self._received or _forwarded
 
+    @received.setter
+    def received(self, name: str) -> None:
+        self._received = name
+
     def hold(self) -> None:
         """Notes signals from now on, and lets the program go on."""
         self._is_held = True
