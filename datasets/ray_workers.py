@@ -2,34 +2,24 @@
 
 from __future__ import annotations
 
-import logging
-import os
-import re
-import signal
-import socket
-import threading
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
+from mlenv.datasets.ray_cluster import check_address, connect
 from mlenv.datasets.workers import in_order
-from mlenv.errors import ConfigError, TrainingError, check_at_least, require
+from mlenv.errors import TrainingError, check_at_least, require
 
 if TYPE_CHECKING:
     from ray import ObjectRef
-
-logger = logging.getLogger(__name__)
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 MAX_RETRIES: Final = 3
 """Times that a task runs again after its process or its node died. More often, and the task itself is what kills them."""
-
-TIMEOUT_SECONDS: Final = 10
-"""Longest wait for a cluster to answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +36,7 @@ class RayConfig:
     def __post_init__(self) -> None:
         for name in ("num_workers", "cpus_per_task"):
             check_at_least(name, getattr(self, name), 1)
-        if not re.fullmatch(r"(auto|[^\s/:]+:\d+)?", self.address):
-            raise ConfigError("address", expected="auto, host:port, or empty to start a cluster", received=self.address)
+        check_address(self.address)
 
     @property
     def local_threads(self) -> int:
@@ -91,26 +80,9 @@ class RayWorkers:
         ray = require("ray", extra="ray")
         if ray.is_initialized():
             return ray
-        address = self._config.address
-        own: dict[str, Any] = {}
-        if not address:
-            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-            own = {"num_cpus": self._config.num_workers * self._config.cpus_per_task, "include_dashboard": False}
-        try:
-            if ":" in address:  # where nobody listens, Ray would go on asking for minutes
-                host, port = address.split(":")
-                socket.create_connection((host, int(port)), TIMEOUT_SECONDS).close()
-            handler = signal.getsignal(signal.SIGTERM)
-            ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **own)
-            if callable(handler) and threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGTERM, handler)  # Ray's own, put in its place, ends a training in the middle of a step
-        except (OSError, OverflowError, RuntimeError, ValueError, ray.exceptions.RayError) as error:  # OverflowError: no such port
-            fix = "start one with 'ray start --head', or leave address empty"
-            raise ConfigError(
-                "data.workers.address", expected="a Ray cluster that answers", received=f"{address} ({error})", fix=fix
-            ) from error
+        num_cpus = self._config.num_workers * self._config.cpus_per_task
+        connect(self._config.address, "data.workers.address", num_cpus=num_cpus)
         self._has_connected = True
-        logger.info("%s a Ray cluster with %d CPUs", "joined" if address else "started", ray.cluster_resources().get("CPU", 0))
         return ray
 
 

@@ -8,7 +8,6 @@ from itertools import islice
 from typing import TYPE_CHECKING, Protocol
 
 import torch
-from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 from mlenv.batch import Batch, Position
@@ -19,6 +18,8 @@ from mlenv.loops.weight_average import WeightAverage
 from mlenv.modules.objective import Losses, Objective
 
 if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
     from mlenv.loops.fit import Progress
 
 

@@ -141,11 +141,26 @@ def _parser() -> argparse.ArgumentParser:
     made = verb(runs, "send", _send, "Send MLflow what it has not got of a training, because its server was away.")
     made.add_argument("output", type=Path, help="output folder of the training")
 
+    _add_jobs(verbs, verb)
     _add_features(verbs, verb)
     made = verb(verbs, "ui", _ui, "Open MLflow on the runs tracked here.")
     made.add_argument("--uri", default="", help="where the runs are, as in tracking.uri; otherwise where training puts them by default")
     made.add_argument("--port", type=int, default=5000)
     return parser
+
+
+def _add_jobs(verbs: argparse._SubParsersAction[argparse.ArgumentParser], verb: Callable[..., argparse.ArgumentParser]) -> None:
+    """Trainings that a scheduler starts."""
+    text = "Let Kubernetes, Slurm or a Ray cluster start a training."
+    group = verbs.add_parser("job", help=text, description=text).add_subparsers(required=True, metavar="VERB")
+    made = verb(group, "render", _render_job, "Write the job down, for kubectl apply or sbatch.")
+    made.add_argument("config", type=Path, help="YAML file, as the job finds it; settings may follow as key=value")
+    made.add_argument("--kind", choices=["rayjob", "pytorchjob", "slurm"], required=True)
+    made.add_argument("--out", type=Path, required=True, help="file to write")
+    made = verb(group, "submit", _submit_job, "Send this folder to a Ray cluster and start the training there.")
+    made.add_argument("config", type=Path, help="YAML file in this folder; settings may follow as key=value")
+    made.add_argument("--address", required=True, help="of the cluster's dashboard, such as http://HEAD:8265")
+    made.add_argument("--follow", action="store_true", help="print what the job says until it ends; exit code 1 when it fails")
 
 
 def _add_features(verbs: argparse._SubParsersAction[argparse.ArgumentParser], verb: Callable[..., argparse.ArgumentParser]) -> None:
@@ -305,6 +320,35 @@ def _backfill(options: argparse.Namespace) -> int:
     return DONE
 
 
+def _render_job(options: argparse.Namespace) -> int:
+    from mlenv.composition import compose
+    from mlenv.job_manifests import render
+    from mlenv.page import write_whole
+
+    config = compose(options.config, options.overrides)
+    text = render(config, options.kind, ["train", str(options.config), *options.overrides])
+    if options.dry_run:
+        print(text, end="")
+        return DONE
+    write_whole(text, options.out)
+    print(f"wrote {options.out}: {'sbatch' if options.kind == 'slurm' else 'kubectl apply -f'} {options.out}")
+    return DONE
+
+
+def _submit_job(options: argparse.Namespace) -> int:
+    from mlenv.composition import compose
+    from mlenv.job_submit import check_job, follow, submit
+
+    config = compose(options.config, options.overrides)
+    check_job(config)
+    if options.dry_run:
+        print(f"would send {os.getcwd()} to {options.address} and train {options.config} there")
+        return DONE
+    job = submit(config, ["train", str(options.config), *options.overrides], options.address)
+    print(job, flush=True)
+    return follow(job, options.address, partial(print, end="", flush=True)) if options.follow else DONE
+
+
 def _send(options: argparse.Namespace) -> int:
     from mlenv.tracking import send_pending, tracked_run
 
@@ -426,14 +470,15 @@ def _with_config(run: Callable[[ExperimentConfig, argparse.Namespace], int], opt
 
 def _in_processes(run: Callable[[ExperimentConfig, argparse.Namespace], int], config: ExperimentConfig, options: argparse.Namespace) -> int:
     """Runs the command here, or in the processes that the config asks for."""
-    if config.launch.num_processes > 1:
-        from mlenv.launch import launch
-        from mlenv.loops.ranks import started_by_launcher
+    from mlenv.loops.ranks import started_by_launcher
 
-        if not started_by_launcher():
-            out = ["--out", str(options.out)] if "out" in options else []
-            return launch(config, [options.verb, str(options.config), *out, *options.overrides])
-    return run(config, options)
+    if not config.launch.starts_processes or started_by_launcher():
+        return run(config, options)
+    from mlenv.config import Command
+
+    out = ["--out", str(options.out)] if "out" in options else []
+    arguments = (options.verb, str(options.config), *out, *options.overrides)
+    return config.launch.run(config, Command(arguments, lambda config: run(config, options)))
 
 
 def _show(config: ExperimentConfig) -> int:

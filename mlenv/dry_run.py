@@ -13,8 +13,8 @@ from mlenv.config import EmbeddingsConfig, ExperimentConfig
 from mlenv.datasets.parquet_source import NoFilesError, ParquetSource
 from mlenv.loops.train_step import check_logits
 from mlenv.modules import Objective, TorchEmbeddings
+from mlenv.modules.distillation import Teach
 from mlenv.schema import Table
-from mlenv.teacher import teacher_of
 
 
 def check_data(config: ExperimentConfig) -> None:
@@ -50,6 +50,14 @@ def check_parts(config: ExperimentConfig) -> None:
     probe = example_batch(schema)
     with torch.no_grad():
         check_logits(model.eval()(probe), probe)
-    teach = teacher_of(config.objective.distillation, schema, torch.device("cpu"), config.tracking.uri)
+    teach = _teach(config)
     objective = Objective(config.objective, schema.tasks, model, teach=teach, probe=probe)
     objective.backward(objective(model.train()(probe), probe), torch.Tensor.backward)
+
+
+def _teach(config: ExperimentConfig) -> Teach | None:
+    if config.objective.distillation is None:
+        return None
+    from mlenv.teacher import teacher_of  # what reads checkpoints takes as long to import as torch
+
+    return teacher_of(config.objective.distillation, config.schema, torch.device("cpu"), config.tracking.uri)

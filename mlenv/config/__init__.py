@@ -5,7 +5,8 @@ from mlenv.config.cross_checks import check
 from mlenv.config.data import WORKERS, DataConfig, DaysConfig, WindowConfig, Workers, WorkersConfig, is_day
 from mlenv.config.embeddings import EmbeddingsConfig, TableConfig, TableOptimizer
 from mlenv.config.experiment import CALIBRATORS, CONFIG_FILE, MODELS, CalibratorConfig, ExperimentConfig, ModelConfig
-from mlenv.config.launch import LaunchConfig
+from mlenv.config.job import JobConfig
+from mlenv.config.launch import LAUNCHERS, Command, LauncherConfig
 from mlenv.config.loop import MONITORS, OPTIMIZERS, LoopConfig, OptimizerConfig
 from mlenv.config.objective import (
     BALANCES,
@@ -32,6 +33,7 @@ __all__ = [
     "BALANCES",
     "CALIBRATORS",
     "CONFIG_FILE",
+    "LAUNCHERS",
     "LOSSES",
     "MODELS",
     "MONITORS",
@@ -41,6 +43,7 @@ __all__ = [
     "BalanceConfig",
     "CalibratorConfig",
     "ChecksConfig",
+    "Command",
     "DataConfig",
     "DaysConfig",
     "DistillationConfig",
@@ -48,8 +51,9 @@ __all__ = [
     "ExperimentConfig",
     "Findings",
     "HiddenDistillationConfig",
+    "JobConfig",
     "LabelTransformConfig",
-    "LaunchConfig",
+    "LauncherConfig",
     "Limits",
     "LoopConfig",
     "LossConfig",
