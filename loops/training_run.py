@@ -10,17 +10,28 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from tqdm import tqdm
 
 from mlenv.batch import Position
 from mlenv.config import CONFIG_FILE, MONITORS
 from mlenv.errors import CheckpointError, StoppedError, TrainingError
-from mlenv.loops.checkpoint import list_checkpoints, load_tensors, newest_checkpoint, save_checkpoint
+from mlenv.loops.checkpoint import (
+    Retention,
+    checkpoint_name,
+    link_checkpoint,
+    list_checkpoints,
+    load_tensors,
+    newest_checkpoint,
+    save_checkpoint,
+)
+from mlenv.loops.checkpoint_writer import CheckpointWriter, Outcome
 from mlenv.loops.fit import Progress
 from mlenv.loops.journal import JOURNAL_FILE, Journal, SilentJournal
 from mlenv.loops.ranks import all_ranks, any_rank, from_main, is_main, rank, summed, world_size
@@ -44,7 +55,8 @@ class RunOptions:
     terms: tuple[str, ...]
     """Names of the terms of the objective, such as ``click/loss``."""
     log_every_steps: int
-    keep_checkpoints: int
+    retention: Retention
+    """Of the checkpoints that a training goes on from; the best models that those know of stay with them."""
     monitor: str
     """``task/metric`` that the best model is chosen by; empty chooses none."""
     total_steps: int
@@ -95,6 +107,8 @@ class TrainingRun:
         self._state, self._begin, self._check, self._started = state, begin, check, started
         self._validate, self._gauges, self._signals = validate, gauges, signals
         self._saved_step, self._is_disk_full = 0, False
+        self._writer = CheckpointWriter()
+        self._newest_best: Progress | None = None
         timeout = options.hang_timeout_seconds
         self._watchdog = Watchdog(output, timeout) if timeout else None
         # What was seen since the last record; part of the checkpoint, so that a resumed run logs the same numbers.
@@ -152,6 +166,7 @@ class TrainingRun:
             self._largest = torch.maximum(self._largest.to(output.losses.device), output.losses.max())
         if progress.step % self._options.log_every_steps == 0:
             self._record(progress)
+            self._writer.look()
         if self._bar is not None:
             self._bar.update()
         if self._watchdog is not None:
@@ -161,7 +176,7 @@ class TrainingRun:
         """Writes the metrics of the validation window, and keeps the model when its monitor is the best so far.
 
         Raises:
-            TrainingError: the monitor is no number, or the best model cannot be written: a later one cannot take its place.
+            TrainingError: the monitor is no number, or the best model before cannot be written: this one cannot take its place.
         """
         started = time.perf_counter()
         metrics, monitor = self._validate(), self._options.monitor
@@ -172,26 +187,25 @@ class TrainingRun:
                 raise TrainingError(f"step {progress.step}: validation/{monitor} is {metrics[monitor]}. Fix: {fix}.")
             progress = progress.judged(metrics[monitor], MONITORS[monitor.rpartition("/")[2]])
             if progress.stale_evaluations == 0:
-                try:
-                    self._write(self._best, progress, keep=0)
-                except OSError as error:
-                    raise _unwritten("best model", progress, error) from error
+                self._write(self._best, progress, Retention(), partial(self._best_is_written, progress))
         self._seconds += time.perf_counter() - started
         return progress
 
     def save(self, progress: Progress) -> None:
-        """Writes a checkpoint. A full disk costs the checkpoint, not the training: the ones before it stay."""
-        try:
-            self._save(progress)
-        except OSError as error:
-            if not self._is_disk_full:
-                logger.warning(
-                    "step %d: the checkpoint cannot be written (%s). The training goes on; a kill would take it back to step %d.",
-                    progress.step,
-                    error,
-                    self._saved_step,
-                )
-            self._is_disk_full = True
+        """Writes a checkpoint while the training goes on. A full disk costs the checkpoint, not the training: the ones before it stay.
+
+        Raises:
+            TrainingError: the best model before cannot be written.
+        """
+        self._save(progress, partial(self._checkpoint_is_written, progress))
+
+    def wait(self) -> None:
+        """Returns when nothing is being written any more.
+
+        Raises:
+            TrainingError: the best model cannot be written: a later one cannot take its place.
+        """
+        self._writer.wait()
 
     def finish(self, progress: Progress) -> None:
         """Writes the last checkpoint, unless it is there.
@@ -200,34 +214,72 @@ class TrainingRun:
             StoppedError: the process was asked to end.
             TrainingError: the checkpoint cannot be written.
         """
+        self.wait()
         if progress.step > self._saved_step:
-            try:
-                self._save(progress)
-            except OSError as error:
-                raise _unwritten("last checkpoint", progress, error) from error
+            self._save(progress, partial(self._last_is_written, progress))
+            self.wait()
         if self._watchdog is not None:
             self._watchdog.close()
         self._signals.release()
         if any_rank(bool(self._signals.received)):
             raise StoppedError(f"{self._signals.received or 'a signal to another process'} after step {progress.step}")
 
-    def _save(self, progress: Progress) -> None:
-        """Writes a checkpoint. What was logged before it is on the disk first."""
-        self._write(self._checkpoints, progress, keep=self._options.keep_checkpoints)
-        self._saved_step, self._is_disk_full = progress.step, False
+    def _save(self, progress: Progress, outcome: Outcome) -> None:
+        self._write(self._checkpoints, progress, self._options.retention, outcome)
 
-    def _write(self, folder: Path, progress: Progress, keep: int) -> None:
+    def _write(self, folder: Path, progress: Progress, retention: Retention, outcome: Outcome) -> None:
+        """Copies all that belongs in a checkpoint, and has it written. What was logged before it is on the disk first."""
         self._check_finite(progress, summed(self._sums["losses"]))
-        self.journal.sync()
-        tensors = {**self._state(), **random_tensors(), **self._own_sums()}
-        record = dataclasses.asdict(progress) | {"position": all_ranks(dataclasses.astuple(progress.position))}
-        documents = {
-            PROGRESS: json.dumps(record | {"fingerprints": dict(self._options.fingerprints)}, indent=2),
-            CONFIG: self._options.config,
-        }
-        save_checkpoint(folder, progress.step, tensors, documents, keep)
-        if is_main():
-            self._prune_best()
+        unwritten: OSError | None = None
+        try:
+            self.journal.sync()
+        except OSError as error:
+            unwritten = error
+        if any_rank(unwritten is not None):
+            self.wait()
+            outcome(unwritten or OSError("the journal cannot be written"))
+            return
+        if folder != self._best and self._newest_best == progress:  # the files of the best model are those of the checkpoint
+            write = partial(link_checkpoint, self._best / checkpoint_name(progress.step), folder, retention)
+        else:
+            self.wait()
+            tensors = self._writer.copied({**self._state(), **random_tensors(), **self._own_sums()})
+            record = dataclasses.asdict(progress) | {"position": all_ranks(dataclasses.astuple(progress.position))}
+            documents = {
+                PROGRESS: json.dumps(record | {"fingerprints": dict(self._options.fingerprints)}, indent=2),
+                CONFIG: self._options.config,
+            }
+            write = partial(save_checkpoint, folder, progress.step, tensors, documents, retention)
+            self._newest_best = progress if folder == self._best else self._newest_best
+
+        def write_and_prune(group: ProcessGroup | None) -> None:
+            write(group)
+            if is_main():
+                self._prune_best()
+
+        self._writer.begin(write_and_prune, outcome)
+
+    def _checkpoint_is_written(self, progress: Progress, failure: OSError | None) -> None:
+        if failure is None:
+            self._saved_step, self._is_disk_full = progress.step, False
+        elif not self._is_disk_full:
+            logger.warning(
+                "step %d: the checkpoint cannot be written (%s). The training goes on; a kill would take it back to step %d.",
+                progress.step,
+                failure,
+                self._saved_step,
+            )
+            self._is_disk_full = True
+
+    def _best_is_written(self, progress: Progress, failure: OSError | None) -> None:
+        if failure is not None:
+            self._newest_best = None
+            raise _unwritten("best model", progress, failure) from failure
+
+    def _last_is_written(self, progress: Progress, failure: OSError | None) -> None:
+        if failure is not None:
+            raise _unwritten("last checkpoint", progress, failure) from failure
+        self._saved_step = progress.step
 
     def _own_sums(self) -> dict[str, Tensor]:
         return {of_rank(f"run.{name}"): sums.cpu() for name, sums in self._sums.items()}
@@ -257,7 +309,8 @@ class TrainingRun:
             raise UnseenLossError(f"step {progress.step}: a loss of {largest:.6g} is above loop.max_loss, {limit:.6g}. Fix: {fix}.")
 
     def close(self) -> None:
-        """Ends the progress bar and the watchdog."""
+        """Waits for what is being written; ends the progress bar and the watchdog."""
+        self._writer.close()
         if self._watchdog is not None:
             self._watchdog.close()
         if self._bar is not None:

@@ -29,7 +29,7 @@ from mlenv.errors import CheckpointError, ConfigError, MlenvError
 from mlenv.kinds import kind_of
 from mlenv.loops.bad_step import bad_step_folder, save_bad_step
 from mlenv.loops.calibration import CALIBRATORS_FILE, Calibrator, calibrators_from_json, calibrators_to_json, fit_calibrators
-from mlenv.loops.checkpoint import add_document, list_checkpoints, load_tensors, read_document, verify
+from mlenv.loops.checkpoint import Retention, add_document, list_checkpoints, load_tensors, read_document, verify
 from mlenv.loops.evaluate import evaluate, score
 from mlenv.loops.fit import Progress
 from mlenv.loops.guarded_step import GuardedStep
@@ -64,7 +64,7 @@ NAMED_FACTS = 25
 _MAY_CHANGE = (
     *("name", "output", "tracking.", "checks.", "calibration.", "data.path", "data.test", "data.workers.", "launch."),
     *("loop.log_every_steps", "loop.checkpoint_every_steps", "loop.keep_checkpoints", "loop.stop_after_evaluations", "loop.device"),
-    *("loop.on_bad_loss", "loop.max_loss", "loop.max_skipped_steps", "loop.hang_timeout_seconds"),
+    *("loop.on_bad_loss", "loop.max_loss", "loop.max_skipped_steps", "loop.hang_timeout_seconds", "loop.keep_every_steps"),
     "data.content_hash",
 )
 """Keys that a resumed training may set anew; any other would make it another model."""
@@ -210,7 +210,7 @@ class Experiment:
         options = RunOptions(
             terms=self.objective.terms,
             log_every_steps=loop.log_every_steps,
-            keep_checkpoints=loop.keep_checkpoints,
+            retention=Retention(newest=loop.keep_checkpoints, every_steps=loop.keep_every_steps),
             monitor=loop.monitor,
             total_steps=self.total_steps,
             config=to_yaml(self.config),
