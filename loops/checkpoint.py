@@ -105,7 +105,7 @@ def _place(folder: Path, name: str, fill: Callable[[Path], None], retention: Ret
 
     try:
         for part in (begin, partial(fill, temporary)):
-            _together(part, group)
+            together(part, group)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)  # on a full disk it would be in the way of the next try
         raise
@@ -119,7 +119,7 @@ def _place(folder: Path, name: str, fill: Callable[[Path], None], retention: Ret
     return final
 
 
-def _together(part: Callable[[], None], group: ProcessGroup | None) -> None:
+def together(part: Callable[[], None], group: ProcessGroup | None) -> None:
     """Has all ranks do their part, and lets none go on when one of them could not."""
     failure: OSError | None = None
     try:
@@ -203,9 +203,14 @@ def step_of(name: str) -> int:
     return int(name.removeprefix(_PREFIX))
 
 
+def is_checkpoint_name(name: str) -> bool:
+    """Whether it reads ``step-NNNNNNNN``."""
+    return _NAME.fullmatch(name) is not None
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
     """Finished checkpoints, oldest first."""
-    return sorted(path for path in folder.glob(f"{_PREFIX}*") if path.is_dir() and _NAME.fullmatch(path.name))
+    return sorted(path for path in folder.glob(f"{_PREFIX}*") if path.is_dir() and is_checkpoint_name(path.name))
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from torch.distributed import ProcessGroup
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+from torch.distributed._shard.sharded_tensor.shard import Shard
 
 from mlenv.loops.ranks import any_rank, own_group
 
@@ -35,9 +36,14 @@ class CheckpointWriter:
         """Has a checkpoint written once those before it are."""
         self._in_flight.append((self._thread.submit(write, self._group), outcome))
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether this rank has written all that was begun."""
+        return all(written.done() for written, _ in self._in_flight)
+
     def look(self) -> None:
         """Tells outcomes if every rank has written; else the ranks would go different ways after a failure."""
-        if self._in_flight and not any_rank(not all(written.done() for written, _ in self._in_flight)):
+        if self._in_flight and not any_rank(not self.is_idle):
             self.wait()
 
     def wait(self) -> None:
@@ -61,7 +67,10 @@ class CheckpointWriter:
 
 
 def _copied(tensor: Any, group: ProcessGroup | None) -> Any:
-    if not hasattr(tensor, "local_shards"):
+    if not isinstance(tensor, ShardedTensor):
         return tensor.detach().to("cpu", copy=True)
-    on_host = tensor.cpu(process_group=group)  # itself, where it is there already
-    return copy.deepcopy(tensor) if on_host is tensor else on_host
+    on_host = tensor.cpu(process_group=group)
+    if on_host is not tensor:
+        return on_host
+    shards = [Shard(shard.tensor.detach().clone(), shard.metadata) for shard in tensor.local_shards()]
+    return ShardedTensor._init_from_local_shards_and_global_metadata(shards, sharded_tensor_metadata=tensor.metadata(), process_group=group)

@@ -8,7 +8,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,9 @@ from mlenv.loops.checkpoint import (
     load_tensors,
     newest_checkpoint,
     save_checkpoint,
+    together,
 )
+from mlenv.loops.checkpoint_store import CheckpointStore, StoreError
 from mlenv.loops.checkpoint_writer import CheckpointWriter, Outcome
 from mlenv.loops.fit import Progress
 from mlenv.loops.journal import JOURNAL_FILE, Journal, SilentJournal
@@ -87,6 +89,7 @@ class TrainingRun:
         validate: measures the model on held-out rows: ``task/metric`` to value.
         gauges: what else to record of the training, by name; asked for when the losses are recorded.
         signals: those that ask the process to end; held while steps are trained.
+        store: where checkpoints are copied to; None for nowhere.
     """
 
     def __init__(
@@ -101,12 +104,13 @@ class TrainingRun:
         validate: Callable[[], Mapping[str, float]],
         gauges: Callable[[], Mapping[str, float]],
         signals: StopSignals,
+        store: CheckpointStore | None = None,
     ) -> None:
         self.journal: Journal | SilentJournal = Journal(output / JOURNAL_FILE) if is_main() else SilentJournal()
         self._checkpoints, self._best, self._options = output / CHECKPOINT_FOLDER, output / BEST_FOLDER, options
         self._state, self._begin, self._check, self._started = state, begin, check, started
-        self._validate, self._gauges, self._signals = validate, gauges, signals
-        self._saved_step, self._is_disk_full = 0, False
+        self._validate, self._gauges, self._signals, self._store = validate, gauges, signals, store
+        self._saved_step, self._is_disk_full, self._is_uncopied = 0, False, False
         self._writer = CheckpointWriter()
         self._newest_best: Progress | None = None
         timeout = options.hang_timeout_seconds
@@ -123,7 +127,7 @@ class TrainingRun:
         Raises:
             CheckpointError: the checkpoint belongs to another config or to other data, or all checkpoints are damaged.
         """
-        found = from_main(str((is_main() and newest_checkpoint(self._checkpoints)) or ""))  # only rank 0 reads all to verify it
+        found = from_main(str((is_main() and self._newest()) or ""))  # only rank 0 reads all to verify it
         checkpoint = Path(found) if found else None
         if checkpoint is None:
             self._begin()
@@ -199,6 +203,11 @@ class TrainingRun:
         """
         self._save(progress, partial(self._checkpoint_is_written, progress))
 
+    @property
+    def is_written(self) -> bool:
+        """Whether this process is writing nothing at the moment."""
+        return self._writer.is_idle
+
     def wait(self) -> None:
         """Returns when nothing is being written any more.
 
@@ -212,12 +221,13 @@ class TrainingRun:
 
         Raises:
             StoppedError: the process was asked to end.
-            TrainingError: the checkpoint cannot be written.
+            TrainingError: the checkpoint cannot be written or copied.
         """
         self.wait()
         if progress.step > self._saved_step:
             self._save(progress, partial(self._last_is_written, progress))
             self.wait()
+        self.copy()
         if self._watchdog is not None:
             self._watchdog.close()
         self._signals.release()
@@ -255,13 +265,16 @@ class TrainingRun:
         def write_and_prune(group: ProcessGroup | None) -> None:
             write(group)
             if is_main():
-                self._prune_best()
+                for name in outdated_best(*map(_names, (self._best, self._checkpoints))):
+                    shutil.rmtree(self._best / name)
+            self._copy(group)
 
         self._writer.begin(write_and_prune, outcome)
 
     def _checkpoint_is_written(self, progress: Progress, failure: OSError | None) -> None:
-        if failure is None:
+        if failure is None or isinstance(failure, StoreError):
             self._saved_step, self._is_disk_full = progress.step, False
+            self._tell_uncopied(progress, failure)
         elif not self._is_disk_full:
             logger.warning(
                 "step %d: the checkpoint cannot be written (%s). The training goes on; a kill would take it back to step %d.",
@@ -272,30 +285,70 @@ class TrainingRun:
             self._is_disk_full = True
 
     def _best_is_written(self, progress: Progress, failure: OSError | None) -> None:
-        if failure is not None:
+        if failure is None or isinstance(failure, StoreError):
+            self._tell_uncopied(progress, failure)
+        else:
             self._newest_best = None
             raise _unwritten("best model", progress, failure) from failure
 
+    def _tell_uncopied(self, progress: Progress, failure: StoreError | None) -> None:
+        if failure is not None and not self._is_uncopied:
+            logger.warning(
+                "step %d: the checkpoint cannot be copied (%s). It is on the disk; the next one brings it along.", progress.step, failure
+            )
+        self._is_uncopied = failure is not None
+
     def _last_is_written(self, progress: Progress, failure: OSError | None) -> None:
-        if failure is not None:
+        if failure is not None and not isinstance(failure, StoreError):
             raise _unwritten("last checkpoint", progress, failure) from failure
         self._saved_step = progress.step
 
     def _own_sums(self) -> dict[str, Tensor]:
         return {of_rank(f"run.{name}"): sums.cpu() for name, sums in self._sums.items()}
 
-    def _prune_best(self) -> None:
-        """Leaves the best model of all, and the best one as of each checkpoint that a killed training may go on from."""
-        best = list_checkpoints(self._best)
-        starts = list_checkpoints(self._checkpoints)
-        needed = {max((path for path in best if path.name <= start.name), default=None) for start in starts}
-        for path in (path for path in best[:-1] if path not in needed):
-            shutil.rmtree(path)
+    def copy(self) -> None:
+        """Has the same checkpoints at the URL as on the disk, documents that were added to one too.
+
+        Raises:
+            TrainingError: that cannot be.
+        """
+        try:
+            self._copy(None)
+        except StoreError as error:
+            fix = "see to the connection and to the rights there; the same command copies what is missing"
+            raise TrainingError(f"the checkpoints cannot be copied ({error}). Fix: {fix}.") from error
+
+    def _copy(self, group: ProcessGroup | None) -> None:
+        if self._store is not None:
+            together(partial(self._copy_to, self._store) if is_main() else lambda: None, group)
+
+    def _copy_to(self, store: CheckpointStore) -> None:
+        for folder in (self._best, self._checkpoints):  # a checkpoint that is there has its best model there
+            store.put(folder)
+        checkpoints = store.names(CHECKPOINT_FOLDER)
+        outdated = self._options.retention.outdated(checkpoints)
+        store.remove(CHECKPOINT_FOLDER, outdated)
+        store.remove(BEST_FOLDER, outdated_best(store.names(BEST_FOLDER), sorted({*checkpoints} - {*outdated})))
+
+    def _newest(self) -> Path | None:
+        """The newest good checkpoint on the disk; from the URL, with its best model, where that has a newer one."""
+        newest, store = newest_checkpoint(self._checkpoints), self._store
+        if store is None:
+            return newest
+        after = "" if newest is None else newest.name
+        if newer := [name for name in store.names(CHECKPOINT_FOLDER) if name > after]:
+            self._check(self._checkpoints / newer[-1], store.read(CHECKPOINT_FOLDER, newer[-1], CONFIG))  # before anything is copied
+            newest = store.fetch_newest(self._checkpoints, newer)
+            assert newest is not None
+            store.fetch_newest(self._best, [name for name in store.names(BEST_FOLDER) if name <= newest.name][-1:])
+        return newest
 
     def _forget_best(self, after: str) -> None:
         """Removes the best models of steps that a killed training has lost."""
-        for path in (path for path in list_checkpoints(self._best) if path.name > after):
-            shutil.rmtree(path)
+        for name in (name for name in _names(self._best) if name > after):
+            shutil.rmtree(self._best / name)
+        if self._store is not None:
+            self._store.remove(BEST_FOLDER, [name for name in self._store.names(BEST_FOLDER) if name > after])
 
     def _check_finite(self, progress: Progress, losses: Tensor) -> None:
         """Refuses to write a model whose loss is no number any more: the checkpoints before it are worth more."""
@@ -355,6 +408,21 @@ class TrainingRun:
     def _means(losses: Tensor, weights: Tensor) -> list[float]:
         means: list[float] = (losses / weights).tolist()
         return means
+
+
+def outdated_best(best: Sequence[str], starts: Sequence[str]) -> list[str]:
+    """All best models but the best of all, and the best one as of each checkpoint that a killed training may go on from.
+
+    Args:
+        best: names of the best models so far, oldest first.
+        starts: names of the checkpoints.
+    """
+    needed = {max((name for name in best if name <= start), default=None) for start in starts}
+    return [name for name in best[:-1] if name not in needed]
+
+
+def _names(folder: Path) -> list[str]:
+    return [path.name for path in list_checkpoints(folder)]
 
 
 def _unwritten(what: str, progress: Progress, error: OSError) -> TrainingError:

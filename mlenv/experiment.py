@@ -30,6 +30,7 @@ from mlenv.kinds import kind_of
 from mlenv.loops.bad_step import bad_step_folder, save_bad_step
 from mlenv.loops.calibration import CALIBRATORS_FILE, Calibrator, calibrators_from_json, calibrators_to_json, fit_calibrators
 from mlenv.loops.checkpoint import Retention, add_document, list_checkpoints, load_tensors, read_document, verify
+from mlenv.loops.checkpoint_store import CheckpointStore
 from mlenv.loops.evaluate import evaluate, score
 from mlenv.loops.fit import Progress
 from mlenv.loops.guarded_step import GuardedStep
@@ -65,6 +66,7 @@ _MAY_CHANGE = (
     *("name", "output", "tracking.", "checks.", "calibration.", "data.path", "data.test", "data.workers.", "launch."),
     *("loop.log_every_steps", "loop.checkpoint_every_steps", "loop.keep_checkpoints", "loop.stop_after_evaluations", "loop.device"),
     *("loop.on_bad_loss", "loop.max_loss", "loop.max_skipped_steps", "loop.hang_timeout_seconds", "loop.keep_every_steps"),
+    "loop.checkpoint_url",
     "data.content_hash",
 )
 """Keys that a resumed training may set anew; any other would make it another model."""
@@ -198,12 +200,19 @@ class Experiment:
         return [self.config.optimizer.build(self._dense_parameters), *build_table_optimizers(tables)]
 
     @cached_property
+    def store(self) -> CheckpointStore | None:
+        """Where checkpoints are copied to; None without ``loop.checkpoint_url``."""
+        return CheckpointStore(self.config.loop.checkpoint_url) if self.config.loop.checkpoint_url else None
+
+    @cached_property
     def run(self) -> TrainingRun:
         """The run in the output folder, which is made and locked, and tracked in MLflow."""
         source, loop = self.source("train"), self.config.loop
         if loop.monitor and self.total_steps < loop.evaluate_every_steps:
             expected = f"at most the {self.total_steps} steps of the training, so that loop.monitor is measured"
             raise ConfigError("loop.evaluate_every_steps", expected=expected, received=loop.evaluate_every_steps)
+        if is_main() and self.store is not None:
+            self.store.check()
         if is_main():
             self._occupy()
         wait_for_all()
@@ -228,6 +237,7 @@ class Experiment:
             validate=self._validate,
             gauges=self._gauges,
             signals=self._signals,
+            store=self.store,
         )
 
     def source(self, split: Split) -> ParquetSource:
@@ -254,7 +264,11 @@ class Experiment:
         Raises:
             CheckpointError: there is none, it is damaged, or it belongs to another schema or model.
         """
-        checkpoints = list_checkpoints(self.output / (BEST_FOLDER if self.config.loop.monitor else CHECKPOINT_FOLDER))
+        folder = self.output / (BEST_FOLDER if self.config.loop.monitor else CHECKPOINT_FOLDER)
+        if is_main() and self.store is not None and not list_checkpoints(folder):
+            self.store.fetch_newest(folder, self.store.names(folder.name))
+        wait_for_all()
+        checkpoints = list_checkpoints(folder)
         if not checkpoints:
             raise CheckpointError(str(self.output), expected="a checkpoint", received="none", fix="train first: mlenv train CONFIG")
         verify(checkpoints[-1])

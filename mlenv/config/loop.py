@@ -81,6 +81,9 @@ class LoopConfig:
     keep_every_steps: int = 0
     """Steps between two checkpoints that stay for ever, each with the best model so far; a multiple of ``checkpoint_every_steps``.
     0 keeps none of them."""
+    checkpoint_url: str = ""
+    """Where checkpoints are copied to, such as s3://bucket/run, with the same ones kept there: a training on another machine goes on from
+    them. A URL that fsspec has a driver for; empty copies nothing."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU where there is one."""
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
