@@ -25,6 +25,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.state_dict_loader import load
 
@@ -167,6 +168,12 @@ def read_document(checkpoint: Path, name: str) -> str | None:
     """A text file of a verified checkpoint; None when its manifest does not name it."""
     named = json.loads((checkpoint / MANIFEST).read_text())
     return (checkpoint / name).read_text() if name in named else None
+
+
+def stored_shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of all tensors of a checkpoint, by name."""
+    stored = HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
+    return {name: tuple(tensor.size) for name, tensor in stored.items() if isinstance(tensor, TensorStorageMetadata)}
 
 
 def load_tensors(checkpoint: Path, tensors: Mapping[str, Any]) -> None:

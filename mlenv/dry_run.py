@@ -15,6 +15,7 @@ from mlenv.loops.train_step import check_logits
 from mlenv.modules import Objective, TorchEmbeddings
 from mlenv.schema import Table
 from mlenv.teacher import teacher_of
+from mlenv.warm_start import WarmStart
 
 
 def check_data(config: ExperimentConfig) -> None:
@@ -37,8 +38,9 @@ def check_parts(config: ExperimentConfig) -> None:
     """Builds the model over tables of one row each and what it is measured by, runs both over rows without features, drops all.
 
     Raises:
-        ConfigError: the model does not fit the schema, parts of it do not fit each other, or the teacher does not fit either.
-        CheckpointError: the teacher's checkpoint is damaged.
+        ConfigError: the model does not fit the schema, parts of it do not fit each other, or the teacher does not fit either; there
+            is no checkpoint to begin with.
+        CheckpointError: the teacher's checkpoint is damaged, or the one to begin with.
     """
     schema = config.schema
     tables = {
@@ -51,5 +53,7 @@ def check_parts(config: ExperimentConfig) -> None:
     with torch.no_grad():
         check_logits(model.eval()(probe), probe)
     teach = teacher_of(config.objective.distillation, schema, torch.device("cpu"), config.tracking.uri)
+    if config.warm_start is not None:
+        WarmStart(config.warm_start, schema, config.tracking.uri).verify()
     objective = Objective(config.objective, schema.tasks, model, teach=teach, probe=probe)
     objective.backward(objective(model.train()(probe), probe), torch.Tensor.backward)

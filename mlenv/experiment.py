@@ -50,6 +50,7 @@ from mlenv.page import write_whole
 from mlenv.schema import Schema
 from mlenv.teacher import Teacher, teacher_of
 from mlenv.tracking import MlflowTracker, run_tags
+from mlenv.warm_start import OBJECTIVE_STATE, WARM_START, Difference, WarmStart
 
 logger = logging.getLogger(__name__)
 
@@ -112,6 +113,7 @@ class Experiment:
         self._sees_every_loss = sees_loss_for_free(self.fabric.device) if sees_every_loss is None else sees_every_loss
         self._sources: dict[Split, ParquetSource] = {}
         self._loaded: Path | None = None
+        self._taken: Difference | None = None
 
     @cached_property
     def model(self) -> nn.Module:
@@ -134,6 +136,12 @@ class Experiment:
     def teach(self) -> Teach | None:
         """The teacher, loaded; None without one."""
         return teacher_of(self.config.objective.distillation, self.schema, self.fabric.device, self.config.tracking.uri)
+
+    @cached_property
+    def warm_start(self) -> WarmStart | None:
+        """The checkpoint that the training begins with; None without one."""
+        config = self.config.warm_start
+        return None if config is None else WarmStart(config, self.schema, self.config.tracking.uri)
 
     @cached_property
     def objective(self) -> Objective:
@@ -211,6 +219,8 @@ class Experiment:
         if loop.monitor and self.total_steps < loop.evaluate_every_steps:
             expected = f"at most the {self.total_steps} steps of the training, so that loop.monitor is measured"
             raise ConfigError("loop.evaluate_every_steps", expected=expected, received=loop.evaluate_every_steps)
+        if self.warm_start is not None:
+            self.warm_start.compare(self._model_tensors())
         if is_main() and self.store is not None:
             self.store.check()
         if is_main():
@@ -223,7 +233,7 @@ class Experiment:
             monitor=loop.monitor,
             total_steps=self.total_steps,
             config=to_yaml(self.config),
-            fingerprints={"training data": source.fingerprint, **self._teacher_fingerprint},
+            fingerprints={"training data": source.fingerprint, **self._teacher_fingerprint, **self._warm_start_fingerprint},
             max_loss=loop.max_loss,
             hang_timeout_seconds=loop.hang_timeout_seconds,
         )
@@ -231,7 +241,7 @@ class Experiment:
             self.output,
             options,
             state=self._tensors,
-            begin=self._fit_normalization,
+            begin=self._begin,
             check=self._check_resumable,
             started=self._record_start,
             validate=self._validate,
@@ -307,6 +317,10 @@ class Experiment:
         return {"teacher": self.teach.fingerprint} if isinstance(self.teach, Teacher) else {}
 
     @property
+    def _warm_start_fingerprint(self) -> dict[str, str]:
+        return {} if self.warm_start is None else {"warm start": self.warm_start.fingerprint}
+
+    @property
     def _known_dataset(self) -> DatasetRecord | None:
         """What an earlier training here wrote of its data."""
         file = self.output / DATASET_FILE
@@ -331,6 +345,8 @@ class Experiment:
                 prints |= {f"{split} data {name}": "; ".join([*lines[:NAMED_FACTS], *more])} if lines else {}
         if "teach" in self.__dict__:
             prints |= {f"{name} fingerprint": text for name, text in self._teacher_fingerprint.items()}
+        if "warm_start" in self.__dict__:
+            prints |= {f"{name} fingerprint": text for name, text in self._warm_start_fingerprint.items()}
         prints |= {
             f"{split} join {join['table']}": f"{join['match_rate']:.2%} of {join['rows'] - join['unknown']:,} rows find something"
             for split, source in self._sources.items()
@@ -386,6 +402,11 @@ class Experiment:
     def _dense_parameters(self) -> list[nn.Parameter]:
         return [*dense_parameters(self.model), *self.objective.parameters()]
 
+    def _model_tensors(self) -> dict[str, Any]:
+        """What a warm start may fill: the weights that are trained, and the optimizers' state of them."""
+        state = optimizer_tensors(self.model, parameter_names(self.model, self.objective), self.optimizers)
+        return {**model_tensors(self.model), **{name: tensor for name, tensor in state.items() if not name.startswith(OBJECTIVE_STATE)}}
+
     def _tensors(self) -> dict[str, Any]:
         objective = {f"objective.{name}": tensor for name, tensor in self.objective.state_dict().items()}
         names = parameter_names(self.model, self.objective)
@@ -407,6 +428,19 @@ class Experiment:
 
     def _gauges(self) -> dict[str, float]:
         return {**self.objective.gauges(), **gate_gauges(self.model)}
+
+    def _begin(self) -> None:
+        """Prepares a model that starts from nothing, or from the weights of another one."""
+        self._fit_normalization()
+        if self.warm_start is None:
+            return
+        tensors = self._model_tensors()
+        self.warm_start.verify()
+        self._taken = self.warm_start.compare(tensors)
+        self.warm_start.take(tensors, self._taken)
+        if self.average is not None:
+            self.average.restart()
+        logger.info("warm start from %s: %s", self.warm_start.checkpoint, self._taken)
 
     def _fit_normalization(self) -> None:
         """Rank 0 reads the rows that a single process would, so that the model is the same on any number of them."""
@@ -489,6 +523,8 @@ class Experiment:
         write_whole(_HEADER + to_yaml(self.config), self.output / CONFIG)
         if joins := {split: source.joins for split, source in self._sources.items() if source.joins}:
             write_whole(json.dumps(joins, indent=2), self.output / JOINS)
+        if self._taken is not None:
+            write_whole(self._taken.to_json(), self.output / WARM_START)
         tracking = self.config.tracking
         if not tracking.enabled:
             return
@@ -500,6 +536,8 @@ class Experiment:
         self.keep(self.output / DATASET_FILE)
         if joins:
             self.keep(self.output / JOINS)
+        if self._taken is not None:
+            self.keep(self.output / WARM_START)
 
 
 def sees_loss_for_free(device: torch.device) -> bool:

@@ -27,6 +27,7 @@ from mlenv.config.transforms import (
     TransformConfig,
     WindowTransformConfig,
 )
+from mlenv.config.warm_start import WarmStartConfig
 
 __all__ = [
     "BALANCES",
@@ -63,6 +64,7 @@ __all__ = [
     "TableTransformConfig",
     "TrackingConfig",
     "TransformConfig",
+    "WarmStartConfig",
     "WindowConfig",
     "WindowTransformConfig",
     "Workers",
