@@ -11,6 +11,7 @@ from mlenv.backfill_checks import check_pairs
 from mlenv.batch import Extra, example_batch
 from mlenv.config import EmbeddingsConfig, ExperimentConfig
 from mlenv.datasets.parquet_source import NoFilesError, ParquetSource
+from mlenv.loops.checkpoint_store import CheckpointStore
 from mlenv.loops.train_step import check_logits
 from mlenv.modules import Objective, TorchEmbeddings
 from mlenv.schema import Table
@@ -39,7 +40,7 @@ def check_parts(config: ExperimentConfig) -> None:
 
     Raises:
         ConfigError: the model does not fit the schema, parts of it do not fit each other, or the teacher does not fit either; there
-            is no checkpoint to begin with.
+            is no checkpoint to begin with, or no driver for the URL of the checkpoints.
         CheckpointError: the teacher's checkpoint is damaged, or the one to begin with.
     """
     schema = config.schema
@@ -53,6 +54,8 @@ def check_parts(config: ExperimentConfig) -> None:
     with torch.no_grad():
         check_logits(model.eval()(probe), probe)
     teach = teacher_of(config.objective.distillation, schema, torch.device("cpu"), config.tracking.uri)
+    if config.loop.checkpoint_url:
+        CheckpointStore(config.loop.checkpoint_url)
     if config.warm_start is not None:
         WarmStart(config.warm_start, schema, config.tracking.uri).verify()
     objective = Objective(config.objective, schema.tasks, model, teach=teach, probe=probe)
