@@ -45,6 +45,8 @@ class CheckpointStore:
             fix = f"install the driver: {error}"
             raise ConfigError(KEY, expected="a URL that fsspec has a driver for", received=url, fix=fix) from error
         self._root = root.rstrip("/")
+        self._manifests: dict[str, str] = {}
+        """Of the checkpoints that are known to be there, so that each is read once."""
 
     def check(self) -> None:
         """Writes a small file and removes it.
@@ -77,13 +79,16 @@ class CheckpointStore:
         """Copies the checkpoints of a folder on the disk that are not there yet, or are there with other documents."""
         there = self.names(folder.name)
         for checkpoint in list_checkpoints(folder):
-            place = f"{self._root}/{folder.name}/{checkpoint.name}"
+            place, manifest = f"{self._root}/{folder.name}/{checkpoint.name}", (checkpoint / MANIFEST).read_text()
             if checkpoint.name in there:
-                if self.read(folder.name, checkpoint.name, MANIFEST) == (checkpoint / MANIFEST).read_text():
+                if place not in self._manifests:
+                    self._manifests[place] = self.read(folder.name, checkpoint.name, MANIFEST)
+                if self._manifests[place] == manifest:
                     continue
                 self._tried("remove", self._files.rm_file, f"{place}/{MANIFEST}")
             for file in sorted(checkpoint.iterdir(), key=lambda file: file.name == MANIFEST):
                 self._tried("write", self._files.put_file, str(file), f"{place}/{file.name}")
+            self._manifests[place] = manifest
 
     def remove(self, folder: str, names: Iterable[str]) -> None:
         """Removes checkpoints."""

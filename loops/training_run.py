@@ -332,14 +332,25 @@ class TrainingRun:
 
     def _newest(self) -> Path | None:
         """The newest good checkpoint on the disk; from the URL, with its best model, where that has a newer one."""
-        newest, store = newest_checkpoint(self._checkpoints), self._store
+        store = self._store
         if store is None:
-            return newest
+            return newest_checkpoint(self._checkpoints)
+        newest, damage = None, None
+        try:
+            newest = newest_checkpoint(self._checkpoints)
+        except CheckpointError as error:  # all that are here: another one may be whole there
+            damage = error
         after = "" if newest is None else newest.name
-        if newer := [name for name in store.names(CHECKPOINT_FOLDER) if name > after]:
+        newer = [name for name in store.names(CHECKPOINT_FOLDER) if name > after]
+        if newer:
             self._check(self._checkpoints / newer[-1], store.read(CHECKPOINT_FOLDER, newer[-1], CONFIG))  # before anything is copied
-            newest = store.fetch_newest(self._checkpoints, newer)
-            assert newest is not None
+            try:
+                newest = store.fetch_newest(self._checkpoints, newer)
+            except CheckpointError as error:
+                damage = error
+        if newest is None and damage is not None:
+            raise damage
+        if newest is not None and newest.name > after:
             store.fetch_newest(self._best, [name for name in store.names(BEST_FOLDER) if name <= newest.name][-1:])
         return newest
 

@@ -223,6 +223,11 @@ def test_a_training_goes_on_from_the_url_on_a_machine_that_has_nothing(flaky, tm
     behind, progress = run_of(tmp_path / "a", flaky, [])
     assert progress.step == 8
     behind.close()
+    for checkpoint in list_checkpoints(tmp_path / "b" / "checkpoints"):
+        (checkpoint / MANIFEST).unlink()
+    damaged, progress = run_of(tmp_path / "b", flaky, [])
+    assert progress.step == 8
+    damaged.close()
 
 
 def test_what_cannot_be_copied_is_one_warning_until_the_end(flaky, tmp_path, caplog):
