@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -14,6 +15,8 @@ from mlenv.errors import TrainingError, check_at_least, require
 
 if TYPE_CHECKING:
     from ray import ObjectRef
+
+logger = logging.getLogger(__name__)
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")

@@ -77,6 +77,7 @@ def _train(config: ExperimentConfig, sees_every_loss: bool | None = None) -> Tra
                 experiment.keep(experiment.output / name)
         checkpoint = experiment.load()
         experiment.calibrate(checkpoint)
+        experiment.run.copy()  # with the calibrators
         evaluation = evaluate_and_report(experiment) if "test" in splits else None
         if evaluation is not None and is_main():
             _journal_once(Journal(experiment.output / JOURNAL_FILE), progress.step, evaluation)

@@ -28,6 +28,7 @@ from mlenv.config.transforms import (
     TransformConfig,
     WindowTransformConfig,
 )
+from mlenv.config.warm_start import WarmStartConfig
 
 __all__ = [
     "BALANCES",
@@ -67,6 +68,7 @@ __all__ = [
     "TableTransformConfig",
     "TrackingConfig",
     "TransformConfig",
+    "WarmStartConfig",
     "WindowConfig",
     "WindowTransformConfig",
     "Workers",
