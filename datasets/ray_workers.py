@@ -71,7 +71,7 @@ class RayWorkers:
             ConfigError: no cluster answers at the address.
             TrainingError: a task's process died time and again, or what it made was lost.
         """
-        ray = self._connect()
+        ray = self.connect()
         task = ray.remote(num_cpus=self._config.cpus_per_task, max_retries=MAX_RETRIES)(_apply)
         stored = [ray.put(function)]  # in a list, or Ray would unpack it anew for every task
         yield from in_order(items, self._config.num_workers, partial(task.remote, stored), _wait, _cancel)
@@ -82,7 +82,12 @@ class RayWorkers:
             require("ray", extra="ray").shutdown()
             self._has_connected = False
 
-    def _connect(self) -> ModuleType:
+    def connect(self, key: str = "data.workers.address") -> ModuleType:
+        """Ray, connected; ``close`` ends that.
+
+        Args:
+            key: where the config has the address.
+        """
         ray = require("ray", extra="ray")
         if ray.is_initialized():
             return ray
@@ -101,9 +106,7 @@ class RayWorkers:
                 signal.signal(signal.SIGTERM, handler)  # Ray's own, put in its place, ends a training in the middle of a step
         except (OSError, OverflowError, RuntimeError, ValueError, ray.exceptions.RayError) as error:  # OverflowError: no such port
             fix = "start one with 'ray start --head', or leave address empty"
-            raise ConfigError(
-                "data.workers.address", expected="a Ray cluster that answers", received=f"{address} ({error})", fix=fix
-            ) from error
+            raise ConfigError(key, expected="a Ray cluster that answers", received=f"{address} ({error})", fix=fix) from error
         self._has_connected = True
         logger.info("%s a Ray cluster with %d CPUs", "joined" if address else "started", ray.cluster_resources().get("CPU", 0))
         return ray

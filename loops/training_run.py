@@ -75,6 +75,7 @@ class TrainingRun:
         validate: measures the model on held-out rows: ``task/metric`` to value.
         gauges: what else to record of the training, by name; asked for when the losses are recorded.
         signals: those that ask the process to end; held while steps are trained.
+        on_evaluation: is told of the step and the metrics of every evaluation, once they are written; what it raises ends the training.
     """
 
     def __init__(
@@ -89,11 +90,13 @@ class TrainingRun:
         validate: Callable[[], Mapping[str, float]],
         gauges: Callable[[], Mapping[str, float]],
         signals: StopSignals,
+        on_evaluation: Callable[[int, Mapping[str, float]], None] | None = None,
     ) -> None:
         self.journal: Journal | SilentJournal = Journal(output / JOURNAL_FILE) if is_main() else SilentJournal()
         self._checkpoints, self._best, self._options = output / CHECKPOINT_FOLDER, output / BEST_FOLDER, options
         self._state, self._begin, self._check, self._started = state, begin, check, started
         self._validate, self._gauges, self._signals = validate, gauges, signals
+        self._on_evaluation = on_evaluation
         self._saved_step, self._is_disk_full = 0, False
         timeout = options.hang_timeout_seconds
         self._watchdog = Watchdog(output, timeout) if timeout else None
@@ -176,6 +179,8 @@ class TrainingRun:
                     self._write(self._best, progress, keep=0)
                 except OSError as error:
                     raise _unwritten("best model", progress, error) from error
+        if self._on_evaluation is not None:
+            self._on_evaluation(progress.step, metrics)
         self._seconds += time.perf_counter() - started
         return progress
 

@@ -102,6 +102,9 @@ def _parser() -> argparse.ArgumentParser:
             )
             made.add_argument("--out", type=Path, help="folder for validation.json, validation.html and statistics.json")
 
+    made = verb(verbs, "tune", _tune, "Search for better values of a config's keys, in trials on Ray; go on with a search that was killed.")
+    made.add_argument("tuning", type=Path, help="YAML file of the search; settings of it may follow as key=value")
+
     data = verbs.add_parser(
         "data", help="Make, convert or look up data sets.", description="Make, convert or look up data sets."
     ).add_subparsers(required=True, metavar="VERB")
@@ -220,6 +223,25 @@ def _predict(config: ExperimentConfig, options: argparse.Namespace) -> int:
         num_rows = predict(experiment.model, experiment.source("test"), options.out, experiment.calibrators)
     if is_main():
         print(f"{num_rows:,} rows scored with {checkpoint} -> {options.out}")
+    return DONE
+
+
+def _tune(options: argparse.Namespace) -> int:
+    from mlenv.composition import to_yaml
+    from mlenv.tuning import check_search, compose_tuning, tune
+
+    if options.dry_run:
+        config = compose_tuning(options.tuning, options.overrides)
+        check_search(config)
+        print(to_yaml(config), end="")
+        return DONE
+    result = tune(options.tuning, options.overrides)
+    print(f"{len(result.trials)} trials, the best of them {result.best.number}: {result.best.best:.5f}")
+    print("\n".join(f"  {key}: {value}" for key, value in result.best.values.items()))
+    print(f"config   {result.config}")
+    print(f"page     {result.page}")
+    if result.tracked_as:
+        print(f"MLflow   {result.tracked_as} (mlenv ui)")
     return DONE
 
 

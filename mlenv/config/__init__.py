@@ -27,15 +27,18 @@ from mlenv.config.transforms import (
     TransformConfig,
     WindowTransformConfig,
 )
+from mlenv.config.tuning import EARLY_STOPPING, SPACES, ResourcesConfig, TuningConfig
 
 __all__ = [
     "BALANCES",
     "CALIBRATORS",
     "CONFIG_FILE",
+    "EARLY_STOPPING",
     "LOSSES",
     "MODELS",
     "MONITORS",
     "OPTIMIZERS",
+    "SPACES",
     "TRANSFORMS",
     "WORKERS",
     "BalanceConfig",
@@ -56,6 +59,7 @@ __all__ = [
     "ModelConfig",
     "ObjectiveConfig",
     "OptimizerConfig",
+    "ResourcesConfig",
     "RowRule",
     "TableConfig",
     "TableOptimizer",
@@ -63,6 +67,7 @@ __all__ = [
     "TableTransformConfig",
     "TrackingConfig",
     "TransformConfig",
+    "TuningConfig",
     "WindowConfig",
     "WindowTransformConfig",
     "Workers",

@@ -1,0 +1,147 @@
+"""One HTML page per search: its best trial, what each value brought, all trials."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+from mlenv.charts import NEUTRAL, Chart, Series, line_chart, scatter_chart
+from mlenv.config import TuningConfig
+from mlenv.config.tuning import Choice, LogUniform
+from mlenv.page import Cell, Table, render
+from mlenv.report import METRICS
+
+_BEST, _FINISHED = 1, 0
+_WORDS = {"running": "under way", "finished": "finished", "stopped": "stopped early", "failed": "failed"}
+
+
+@dataclass(frozen=True)
+class TrialRow:
+    """A trial, as the page shows it."""
+
+    number: int
+    values: Mapping[str, object]
+    state: str
+    best: float | None
+    evaluations: Sequence[float]
+    seconds: float
+    error: str
+
+
+@dataclass(frozen=True)
+class TuningPage:
+    """What there is to say about a search."""
+
+    title: str
+    config: TuningConfig
+    trials: Sequence[TrialRow]
+    best: int | None
+    """Number of the best trial that came to its end."""
+    best_config: str
+    """Where its config is."""
+
+
+def render_tuning(page: TuningPage) -> str:
+    """The page as text; equal pages give equal texts."""
+    best = next((trial for trial in page.trials if trial.number == page.best), None)
+    return render(
+        "tuning.html.j2",
+        page=page,
+        best=best,
+        metric=_metric(page),
+        facts=_facts(page, best),
+        curves=_curves(page),
+        values=[_value_chart(page, key) for key in page.config.space] if any(trial.best is not None for trial in page.trials) else [],
+        trials=_table(page),
+        failed=[trial for trial in page.trials if trial.error],
+    )
+
+
+def value_text(value: object) -> str:
+    """A value of a key, short."""
+    return f"{value:.4g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
+
+
+def _metric(page: TuningPage) -> str:
+    task, _, name = page.config.metric.rpartition("/")
+    return f"{METRICS[name]}: {task}"
+
+
+def _facts(page: TuningPage, best: TrialRow | None) -> dict[str, str]:
+    config = page.config
+    counts = {word: sum(trial.state == state for trial in page.trials) for state, word in _WORDS.items()}
+    facts = {"trials": f"{len(page.trials)} of {config.num_trials}"} | {word: str(count) for word, count in counts.items() if count}
+    facts |= {"evaluations": str(sum(len(trial.evaluations) for trial in page.trials)), "base config": config.config}
+    facts |= {"drawn by": config.search, "seed": str(config.seed)}
+    return facts | ({"best config": page.best_config} if best is not None else {})
+
+
+def _curves(page: TuningPage) -> list[Chart]:
+    """The metric of every trial, evaluation by evaluation."""
+    series = [
+        Series(f"trial {trial.number}", list(enumerate(trial.evaluations, start=1)), _color(page, trial), "dots")
+        for trial in sorted(page.trials, key=partial(_drawn_last, page))
+        if trial.evaluations
+    ]
+    if not series:
+        return []
+    return [replace(line_chart("By evaluation", series, "evaluation"), legend=_legend(page))]
+
+
+def _value_chart(page: TuningPage, key: str) -> Chart:
+    """The metric over the values of one key."""
+    space = page.config.space[key]
+    names = [value_text(value) for value in space.values] if isinstance(space, Choice) else []
+
+    def place(trial: TrialRow) -> float:
+        value = trial.values[key]
+        if isinstance(space, Choice):
+            return float(space.values.index(value))
+        assert isinstance(value, int | float)
+        return math.log10(value) if isinstance(space, LogUniform) else float(value)
+
+    series = [
+        Series(f"trial {trial.number}", [(place(trial), trial.best)], _color(page, trial), "dots")
+        for trial in sorted(page.trials, key=partial(_drawn_last, page))
+        if trial.best is not None
+    ]
+    return replace(scatter_chart(key, series, x_names=names, is_log=isinstance(space, LogUniform)), legend=_legend(page))
+
+
+def _legend(page: TuningPage) -> list[Series]:
+    states = {trial.state for trial in page.trials}
+    best = [Series("best", (), _BEST, "dots")] if page.best is not None else []
+    others = [Series("finished", (), _FINISHED, "dots")] if "finished" in states else []
+    return [*best, *others, *([Series("others", (), NEUTRAL, "dots")] if states - {"finished"} else [])]
+
+
+def _color(page: TuningPage, trial: TrialRow) -> int:
+    return _BEST if trial.number == page.best else _FINISHED if trial.state == "finished" else NEUTRAL
+
+
+def _drawn_last(page: TuningPage, trial: TrialRow) -> tuple[bool, bool]:
+    return trial.number == page.best, trial.state == "finished"
+
+
+def _table(page: TuningPage) -> Table:
+    """The best trials first."""
+    keys, sign = list(page.config.space), -1 if page.config.higher_is_better else 1
+
+    def order(trial: TrialRow) -> tuple[bool, bool, float, int]:
+        return trial.number != page.best, trial.state != "finished", sign * (trial.best or 0.0), trial.number
+
+    rows = [
+        [
+            Cell(f"{trial.number}"),
+            *(Cell(value_text(trial.values[key])) for key in keys),
+            Cell("—" if trial.best is None else f"{trial.best:.5f}"),
+            Cell(f"{len(trial.evaluations)}"),
+            Cell(f"{trial.seconds:,.0f}" if trial.seconds else "—"),
+            Cell(_WORDS[trial.state], css="off" if trial.state == "failed" else ""),
+        ]
+        for trial in sorted(page.trials, key=order)
+    ]
+    return Table(["Trial", *keys, _metric(page), "Evaluations", "Seconds", ""], 1 + len(keys), rows)
