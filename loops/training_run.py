@@ -75,7 +75,7 @@ class TrainingRun:
         validate: measures the model on held-out rows: ``task/metric`` to value.
         gauges: what else to record of the training, by name; asked for when the losses are recorded.
         signals: those that ask the process to end; held while steps are trained.
-        on_evaluation: is told of the step and the metrics of every evaluation, once they are written; what it raises ends the training.
+        on_evaluation: is told of the step and the metrics of every evaluation before the last step; what it raises ends the training.
     """
 
     def __init__(
@@ -179,7 +179,7 @@ class TrainingRun:
                     self._write(self._best, progress, keep=0)
                 except OSError as error:
                     raise _unwritten("best model", progress, error) from error
-        if self._on_evaluation is not None:
+        if self._on_evaluation is not None and progress.step < self._options.total_steps:
             self._on_evaluation(progress.step, metrics)
         self._seconds += time.perf_counter() - started
         return progress

@@ -146,25 +146,21 @@ def line_chart(
     return Chart(title, _svg(title, frame.bottom + 42, shapes), drawn)
 
 
-def scatter_chart(title: str, series: Sequence[Series], *, x_names: Sequence[str] = (), is_log: bool = False) -> Chart:
+def scatter_chart(title: str, series: Sequence[Series], *, is_log: bool = False) -> Chart:
     """Dots that nothing joins.
 
     Args:
-        x_names: what stands at 0, 1, 2 and so on.
         is_log: whether the horizontal places are logarithms to the base of ten; the axis shows the numbers themselves.
     """
     points = [point for entry in series for point in _finite(entry.points)]
-    low, high = _range(y for _, y in points)
-    margin = 0.06 * (high - low)
-    left, right = (-0.5, len(x_names) - 0.5) if x_names else _range(x for x, _ in points)
-    edge = 0 if x_names else 0.04 * (right - left)
-    frame = _Frame((left - edge, right + edge), (low - margin, high + margin), left=62, top=10, right=_WIDTH - 16, bottom=210)
-    axis = frame.log_axis() if is_log else frame.x_axis("", x_names)
+    ranges = [_range(places) for places in ([x for x, _ in points], [y for _, y in points])]
+    x_range, y_range = ((low - 0.06 * (high - low), high + 0.06 * (high - low)) for low, high in ranges)
+    frame = _Frame(x_range, y_range, left=62, top=10, right=_WIDTH - 16, bottom=210)
+    axis = frame.log_axis() if is_log else frame.x_axis("")
     shapes = [axis, frame.y_axis()]
     for entry in series:
         for x, y in _finite(entry.points):
-            place = x_names[round(x)] if x_names else f"{10**x if is_log else x:.5g}"
-            shapes.append(_dot(frame.x(x), frame.y(y), entry.css, f"{entry.name}, {place}: {y:.5g}"))
+            shapes.append(_dot(frame.x(x), frame.y(y), entry.css, f"{entry.name}, {10**x if is_log else x:.5g}: {y:.5g}"))
     return Chart(title, _svg(title, frame.bottom + 26, shapes), series)
 
 

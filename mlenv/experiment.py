@@ -87,7 +87,7 @@ class Experiment:
 
     Args:
         sees_every_loss: whether each step looks at its loss before the model learns from it. None does where that waits for no device.
-        on_evaluation: is told of the step and the metrics of every evaluation; raises EarlyStopError to end the training there.
+        on_evaluation: is told of the step and the metrics of every evaluation before the last step; ends the training by EarlyStopError.
         parent: output folder of what the training is a trial of; its MLflow run is nested under the one of that folder.
 
     Raises:

@@ -20,6 +20,7 @@ from mlenv.composition import compose, leaves
 from mlenv.config import ExperimentConfig, ResourcesConfig
 from mlenv.datasets.ray_workers import MAX_RETRIES, RayConfig, RayWorkers
 from mlenv.errors import ConfigError, EarlyStopError, MlenvError, StoppedError
+from mlenv.loops.stop_signals import StopSignals
 from mlenv.page import write_whole
 
 logger = logging.getLogger(__name__)
@@ -27,6 +28,8 @@ logger = logging.getLogger(__name__)
 LOG_FILE: Final = "trial.log"
 """What mlenv logged while it ran."""
 
+_LOOK_SECONDS: Final = 0.5
+"""Between two looks at whether this process was asked to end."""
 _GRACE_SECONDS: Final = 10
 """For trials to end when the search is interrupted."""
 
@@ -44,7 +47,7 @@ class Trial:
     measures_test: bool
     """Whether the test window is looked at."""
     on_evaluation: Callable[[int, Mapping[str, float]], None] | None = None
-    """Is told of the step and the metrics of every evaluation; raises EarlyStopError to end the trial there."""
+    """Is told of the step and the metrics of every evaluation before the last step; raises EarlyStopError to end the trial there."""
 
 
 @dataclass(frozen=True)
@@ -82,18 +85,30 @@ def run_trials(ray: Any, trials: Iterator[Trial], resources: ResourcesConfig) ->
 
     One that fails ends no other; one whose process or node dies goes on elsewhere from its last checkpoint. Close the iterator to end
     those that are under way.
+
+    Raises:
+        StoppedError: this process is asked to end, or the one of a trial was.
     """
     task = ray.remote(num_cpus=resources.cpus, num_gpus=resources.gpus, max_retries=MAX_RETRIES)(_run_trial)
     settings = {name: value for name, value in os.environ.items() if name.startswith("MLFLOW_")}
     pending: dict[Any, Trial] = {}
+    signals = StopSignals()
+    signals.hold()  # Ray would make a plain KeyboardInterrupt of what they raise
     try:
-        while True:
-            while len(pending) < resources.max_concurrent and (trial := next(trials, None)) is not None:
-                pending[task.remote(trial, os.getcwd(), settings)] = trial
-            if not pending:
-                return
-            ended = ray.wait(list(pending))[0][0]
-            yield pending.pop(ended), _outcome(ray, ended)
+        with signals:
+            while True:
+                while len(pending) < resources.max_concurrent and (trial := next(trials, None)) is not None:
+                    pending[task.remote(trial, os.getcwd(), settings)] = trial
+                if not pending:
+                    return
+                while not (ended := ray.wait(list(pending), timeout=_LOOK_SECONDS)[0]):
+                    if signals.received:
+                        raise StoppedError(signals.received)
+                trial = pending.pop(ended[0])
+                outcome = _outcome(ray, ended[0])
+                if outcome.state == "interrupted":
+                    raise StoppedError(f"{outcome.error}, sent to trial {trial.name}")
+                yield trial, outcome
     finally:
         for reference in pending:
             ray.cancel(reference)

@@ -21,9 +21,8 @@ from omegaconf import OmegaConf
 from mlenv.composition import compose, from_plain, leaves, load, parse_overrides, to_plain
 from mlenv.config import ExperimentConfig, TuningConfig
 from mlenv.dry_run import check_data, check_parts
-from mlenv.errors import EarlyStopError, MlenvError, Problems, StoppedError, TrainingError, require
+from mlenv.errors import EarlyStopError, MlenvError, Problems, TrainingError, require
 from mlenv.loops.journal import JOURNAL_FILE, Journal
-from mlenv.loops.stop_signals import StopSignals
 from mlenv.page import write_whole
 from mlenv.search import Search, TrialState
 from mlenv.tracking import MlflowTracker
@@ -84,7 +83,7 @@ def tune(file: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Tunin
     base = check_search(config)
     require("optuna", extra="tune")
     output = Path(config.output)
-    with alone_in(output), StopSignals():
+    with alone_in(output):
         (output / TRIALS).mkdir(exist_ok=True)
         remember({"search": to_plain(config), "config": to_plain(base)}, output / SEARCH_FILE, _MAY_CHANGE)
         running = _Tuning(config, base, output)
@@ -211,8 +210,7 @@ class _Tuning:
         )
 
     def _end(self, number: int, outcome: Outcome) -> TrialRecord:
-        if outcome.state == "interrupted":
-            raise StoppedError(f"{outcome.error}, sent to trial {number}")
+        assert outcome.state != "interrupted", "run_trials ends with it"
         evaluations, record = self._evaluations(number), self._records[number]
         best = (max if self._config.higher_is_better else min)(evaluations, default=None)
         record = dataclasses.replace(record, state=outcome.state, best=best, seconds=outcome.seconds, error=outcome.error)

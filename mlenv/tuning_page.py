@@ -8,13 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from mlenv.charts import NEUTRAL, Chart, Series, line_chart, scatter_chart
+from mlenv.charts import NEUTRAL, Chart, Series, dot_chart, line_chart, scatter_chart
 from mlenv.config import TuningConfig
 from mlenv.config.tuning import Choice, LogUniform
 from mlenv.page import Cell, Table, render
 from mlenv.report import METRICS
 
 _BEST, _FINISHED = 1, 0
+_GROUPS = {_BEST: "best", _FINISHED: "finished", NEUTRAL: "others"}
 _WORDS = {"running": "under way", "finished": "finished", "stopped": "stopped early", "failed": "failed"}
 
 
@@ -61,7 +62,10 @@ def render_tuning(page: TuningPage) -> str:
 
 
 def value_text(value: object) -> str:
-    """A value of a key, short."""
+    """A value of a key, short: a mapping by its kind and what follows, such as ``cross_net, num_layers 2``."""
+    if isinstance(value, dict):
+        kind = [value["kind"]] if "kind" in value else []
+        return ", ".join([*kind, *(f"{key} {value_text(entry)}" for key, entry in value.items() if key != "kind")])
     return f"{value:.4g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
 
 
@@ -88,34 +92,42 @@ def _curves(page: TuningPage) -> list[Chart]:
     ]
     if not series:
         return []
-    return [replace(line_chart("By evaluation", series, "evaluation"), legend=_legend(page))]
+    shown = sorted({_color(page, trial) for trial in page.trials if trial.evaluations}, reverse=True)
+    return [
+        replace(line_chart("By evaluation", series, "evaluation"), legend=[Series(_GROUPS[color], (), color, "dots") for color in shown])
+    ]
 
 
 def _value_chart(page: TuningPage, key: str) -> Chart:
     """The metric over the values of one key."""
     space = page.config.space[key]
-    names = [value_text(value) for value in space.values] if isinstance(space, Choice) else []
+    groups: dict[int, list[tuple[TrialRow, float]]] = {_BEST: [], _FINISHED: [], NEUTRAL: []}
+    for trial in page.trials:
+        if trial.best is not None:
+            groups[_color(page, trial)].append((trial, trial.best))
+    groups = {color: trials for color, trials in reversed(groups.items()) if trials}  # the best is drawn last
+    if isinstance(space, Choice):
+        rows = {
+            color: [(figure, float(space.values.index(trial.values[key]))) for trial, figure in trials] for color, trials in groups.items()
+        }
+        figures = [figure for points in rows.values() for figure, _ in points]
+        margin = 0.06 * ((max(figures) - min(figures)) or 1.0)
+        series = [Series(_GROUPS[color], points, color, "dots") for color, points in rows.items()]
+        return dot_chart(key, [value_text(value) for value in space.values], series, (min(figures) - margin, max(figures) + margin))
+    is_log = isinstance(space, LogUniform)
+    return scatter_chart(
+        key,
+        [
+            Series(_GROUPS[color], [(_place(trial.values[key], is_log=is_log), figure) for trial, figure in trials], color, "dots")
+            for color, trials in groups.items()
+        ],
+        is_log=is_log,
+    )
 
-    def place(trial: TrialRow) -> float:
-        value = trial.values[key]
-        if isinstance(space, Choice):
-            return float(space.values.index(value))
-        assert isinstance(value, int | float)
-        return math.log10(value) if isinstance(space, LogUniform) else float(value)
 
-    series = [
-        Series(f"trial {trial.number}", [(place(trial), trial.best)], _color(page, trial), "dots")
-        for trial in sorted(page.trials, key=partial(_drawn_last, page))
-        if trial.best is not None
-    ]
-    return replace(scatter_chart(key, series, x_names=names, is_log=isinstance(space, LogUniform)), legend=_legend(page))
-
-
-def _legend(page: TuningPage) -> list[Series]:
-    states = {trial.state for trial in page.trials}
-    best = [Series("best", (), _BEST, "dots")] if page.best is not None else []
-    others = [Series("finished", (), _FINISHED, "dots")] if "finished" in states else []
-    return [*best, *others, *([Series("others", (), NEUTRAL, "dots")] if states - {"finished"} else [])]
+def _place(value: object, *, is_log: bool) -> float:
+    assert isinstance(value, int | float)
+    return math.log10(value) if is_log else float(value)
 
 
 def _color(page: TuningPage, trial: TrialRow) -> int:
@@ -144,4 +156,4 @@ def _table(page: TuningPage) -> Table:
         ]
         for trial in sorted(page.trials, key=order)
     ]
-    return Table(["Trial", *keys, _metric(page), "Evaluations", "Seconds", ""], 1 + len(keys), rows)
+    return Table(["Trial", *keys, _metric(page), "Evaluations", "Seconds", "State"], 1 + len(keys), rows)
