@@ -162,6 +162,7 @@ def _add_compare(verbs: argparse._SubParsersAction[argparse.ArgumentParser], ver
     made.add_argument("--out", type=Path, required=True, help="folder for the trainings, comparison.html and comparison.json")
     made.add_argument("--seeds", type=int, default=5, help="trainings of each config; more of them may be asked for later")
     made.add_argument("--metric", action="append", default=[], metavar="TASK/METRIC", help="may be given again; AUC, grouped AUC and NE")
+    made.add_argument("--paired", action="store_true", help="compare trainings of the same seed with each other")
     made.add_argument("--max-concurrent", type=int, default=2, help="trainings under way at once")
     made.add_argument("--cpus", type=int, default=1, help="CPUs of a training")
     made.add_argument("--gpus", type=float, default=0, help="GPUs of a training")
@@ -272,7 +273,7 @@ def _compare(options: argparse.Namespace) -> int:
         check_comparison(options.first, options.second, options.overrides, **wanted)
         print(f"would compare {options.first} and {options.second} in {options.out}")
         return DONE
-    result = compare(options.first, options.second, options.overrides, **wanted, resources=resources)
+    result = compare(options.first, options.second, options.overrides, **wanted, is_paired=options.paired, resources=resources)
     print("\n".join(result.sentences))
     print(f"page     {result.page}")
     if result.tracked_as:

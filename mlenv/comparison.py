@@ -68,6 +68,7 @@ def compare(
     out: Path,
     num_seeds: int = 5,
     metrics: Sequence[str] = (),
+    is_paired: bool = False,
     resources: ResourcesConfig | None = None,
 ) -> ComparisonResult:
     """Trains two configs with the same seeds, unless that is done, and compares what the test window says of them.
@@ -77,6 +78,8 @@ def compare(
         overrides: ``key=value``, put over both configs.
         out: folder of the trainings and of the page.
         metrics: ``task/metric``; without any, AUC, grouped AUC and normalized entropy of every task.
+        is_paired: whether to compare trainings of the same seed with each other. That is sharper where a seed moves both models alike;
+            where it does not, it only halves the degrees of freedom.
 
     Raises:
         MlenvError: a config or a run cannot be used, before the first training.
@@ -84,6 +87,9 @@ def compare(
         StoppedError: a signal came; the same command goes on.
     """
     models = check_comparison(first, second, overrides, out=out, num_seeds=num_seeds, metrics=metrics)
+    if is_paired and (len(set(models[0].seeds)) < len(models[0].seeds) or sorted(models[0].seeds) != sorted(models[1].seeds)):
+        received = f"{list(models[0].seeds)} and {list(models[1].seeds)}"
+        raise ConfigError("--paired", expected="the same seeds of both models, each once", received=received, fix="leave it out")
     with alone_in(out):
         configs = [model.config for model in models if model.config is not None]
         plain = {folder: to_plain(model.config) for folder, model in zip(_FOLDERS, models, strict=True)}
@@ -91,7 +97,7 @@ def compare(
         tracker = _start_tracker(models, configs, out)
         try:
             _train_missing(models, overrides, out, resources or ResourcesConfig())
-            result = _report(models, metrics, out, tracker)
+            result = _report(models, metrics, is_paired, out, tracker)
         except BaseException as error:
             if tracker is not None:
                 tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
@@ -190,7 +196,9 @@ def _is_finished(trial: Trial) -> bool:
     return file.exists() and Outcome(**json.loads(file.read_text())).state == "finished"
 
 
-def _report(models: tuple[_Model, _Model], metrics: Sequence[str], out: Path, tracker: MlflowTracker | None) -> ComparisonResult:
+def _report(
+    models: tuple[_Model, _Model], metrics: Sequence[str], is_paired: bool, out: Path, tracker: MlflowTracker | None
+) -> ComparisonResult:
     _check_same_rows([run for model in models for run in model.runs])
     values = [[json.loads((run / METRICS).read_text()) for run in model.runs] for model in models]
     everywhere = [name for name in values[0][0] if all(run.get(name) is not None for side in values for run in side)]
@@ -199,7 +207,6 @@ def _report(models: tuple[_Model, _Model], metrics: Sequence[str], out: Path, tr
         raise DataError(
             missing[0], expected=f"a metric that {METRICS} of every run has", received="none", fix=f"take one of {everywhere[:20]}"
         )
-    is_paired = sorted(models[0].seeds) == sorted(models[1].seeds) and len(set(models[0].seeds)) == len(models[0].seeds)
     order = [sorted(range(len(model.seeds)), key=model.seeds.__getitem__) for model in models]
     confidence = 1 - (1 - CONFIDENCE) / len(chosen)
     found = tuple(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -83,6 +83,7 @@ def _dots(page: ComparisonPage, one: Difference) -> Chart:
     found = [value for values in sides for value in values]
     margin = 0.08 * ((max(found) - min(found)) or abs(found[0]) or 1.0)
     dots = [Series(name, [(value, row) for value in sides[row]], row, "dots") for row, name in enumerate(page.names)]
-    means = [Series(f"mean of {name}", [(float(np.mean(sides[row])), row)], row, "level") for row, name in enumerate(page.names)]
+    means = [Series(name, [(float(np.mean(sides[row])), row)], row, "level") for row, name in enumerate(page.names)]
     better = "higher is better" if MONITORS[one.metric.rpartition("/")[2]] else "lower is better"
-    return dot_chart(f"{_title(one.metric)} ({better})", page.names, [*dots, *means], (min(found) - margin, max(found) + margin))
+    chart = dot_chart(f"{_title(one.metric)} ({better})", page.names, [*dots, *means], (min(found) - margin, max(found) + margin))
+    return replace(chart, legend=())  # the rows have the names

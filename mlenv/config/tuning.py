@@ -133,7 +133,7 @@ class Asha:
     """
 
     grace_evaluations: int = 1
-    """Evaluations of a trial before it can be stopped."""
+    """The first evaluation that can stop a trial."""
     reduction_factor: int = 3
     """One of so many goes on, to so many times the evaluations."""
 
@@ -152,7 +152,7 @@ class Median:
     """A trial is stopped when its best evaluation is worse than the median of the others after as many."""
 
     grace_evaluations: int = 1
-    """Evaluations of a trial before it can be stopped."""
+    """The first evaluation that can stop a trial."""
     grace_trials: int = 4
     """Trials that must have ended before one can be stopped."""
 
@@ -161,7 +161,7 @@ class Median:
         check_at_least("grace_trials", self.grace_trials, 1)
 
     def pruner(self) -> BasePruner:
-        pruner: BasePruner = _optuna().pruners.MedianPruner(self.grace_trials, self.grace_evaluations - 1)
+        pruner: BasePruner = _optuna().pruners.MedianPruner(self.grace_trials, self.grace_evaluations)
         return pruner
 
 
