@@ -151,7 +151,7 @@ def _find(word: str, overrides: Sequence[str], folder: Path, num_seeds: int) -> 
             word, expected=expected, received=f"{len(runs)} of them", fix="train with more seeds, or name a folder of several runs"
         )
     seeds_there = [int(load(run / CONFIG_FILE).get("seed", 0)) for run in runs]
-    return _Model(Path(word.rstrip("/*")).name, word, None, tuple(runs), tuple(seeds_there))
+    return _Model(Path(word.rstrip("/*-_")).name or word, word, None, tuple(runs), tuple(seeds_there))
 
 
 def _start_tracker(models: Sequence[_Model], configs: Sequence[ExperimentConfig], out: Path) -> MlflowTracker | None:

@@ -113,7 +113,7 @@ def _value_chart(page: TuningPage, key: str) -> Chart:
         figures = [figure for points in rows.values() for figure, _ in points]
         margin = 0.06 * ((max(figures) - min(figures)) or 1.0)
         series = [Series(_GROUPS[color], points, color, "dots") for color, points in rows.items()]
-        return dot_chart(key, [value_text(value) for value in space.values], series, (min(figures) - margin, max(figures) + margin))
+        return dot_chart(key, [_row_name(value) for value in space.values], series, (min(figures) - margin, max(figures) + margin))
     is_log = isinstance(space, LogUniform)
     return scatter_chart(
         key,
@@ -123,6 +123,13 @@ def _value_chart(page: TuningPage, key: str) -> Chart:
         ],
         is_log=is_log,
     )
+
+
+def _row_name(value: object) -> str:
+    """A value in the room that a chart has for it: of a mapping the kind and the values, without their keys."""
+    if not isinstance(value, dict):
+        return value_text(value)
+    return " ".join([str(value.get("kind", "")), *(value_text(entry) for key, entry in value.items() if key != "kind")]).strip()
 
 
 def _place(value: object, *, is_log: bool) -> float:

@@ -52,7 +52,7 @@ def runs(tmp_path, monkeypatch):
 
 def test_finished_runs_are_compared(runs, capsys):
     assert main(["compare", "old", "new-*", "--out", "versus"]) == DONE
-    assert capsys.readouterr().out.startswith("new-* is better than old in click/auc by 0.0012 (95 % interval 0.00039 to 0.0021).\n")
+    assert capsys.readouterr().out.startswith("new is better than old in click/auc by 0.0012 (95 % interval 0.00039 to 0.0021).\n")
     page = (runs / "versus/comparison.html").read_text()
     assert "0.78038" in page  # the mean of old
     assert "Welch" in page
