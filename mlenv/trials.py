@@ -31,7 +31,7 @@ LOG_FILE: Final = "trial.log"
 _LOOK_SECONDS: Final = 0.5
 """Between two looks at whether this process was asked to end."""
 _GRACE_SECONDS: Final = 10
-"""For trials to end when the search is interrupted."""
+"""For trials to end when the search is interrupted, or was killed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,6 +174,7 @@ def _run_trial(trial: Trial, folder: str, settings: Mapping[str, str]) -> Outcom
     if folder not in sys.path:
         sys.path.insert(0, folder)
     Path(trial.output).mkdir(parents=True, exist_ok=True)
+    _wait_for_predecessor(Path(trial.output))
     log = logging.FileHandler(Path(trial.output) / LOG_FILE)
     log.setFormatter(logging.Formatter("%(asctime)s %(levelname)s: %(message)s"))
     ours = logging.getLogger("mlenv")
@@ -185,6 +186,19 @@ def _run_trial(trial: Trial, folder: str, settings: Mapping[str, str]) -> Outcom
         ours.removeHandler(log)
         log.close()
     return Outcome(state, time.perf_counter() - started, message)
+
+
+def _wait_for_predecessor(output: Path) -> None:
+    """The process of a search that was killed may live some seconds longer, and hold the folder of its trial."""
+    deadline = time.monotonic() + _GRACE_SECONDS
+    with (output / ".lock").open("w") as lock:
+        while time.monotonic() < deadline:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(_LOOK_SECONDS)
+            else:
+                return
 
 
 def _train(trial: Trial) -> tuple[Literal["finished", "stopped", "failed", "interrupted"], str]:
