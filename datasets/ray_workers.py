@@ -49,6 +49,10 @@ class RayConfig:
         if not re.fullmatch(r"(auto|[^\s/:]+:\d+)?", self.address):
             raise ConfigError("address", expected="auto, host:port, or empty to start a cluster", received=self.address)
 
+    @property
+    def local_threads(self) -> int:
+        return 0
+
     def build(self) -> RayWorkers:
         return RayWorkers(self)
 
@@ -72,9 +76,10 @@ class RayWorkers:
             TrainingError: a task's process died time and again, or what it made was lost.
         """
         ray = self.connect()
-        task = ray.remote(num_cpus=self._config.cpus_per_task, max_retries=MAX_RETRIES)(_apply)
+        task = ray.remote(num_cpus=self._config.cpus_per_task, max_retries=0)(_apply)  # begun again below, where it is said
         stored = [ray.put(function)]  # in a list, or Ray would unpack it anew for every task
-        yield from in_order(items, self._config.num_workers, partial(task.remote, stored), _wait, _cancel)
+        begin = partial(task.remote, stored)
+        yield from in_order(items, self._config.num_workers, lambda item: _Task(partial(begin, item)), _wait, _cancel)
 
     def close(self) -> None:
         """Leaves a cluster that was joined, ends one that was started."""
@@ -125,23 +130,36 @@ def _function(stored: ObjectRef[Any]) -> Any:
     return ray.get(stored)
 
 
-def _wait(pending: ObjectRef[_Result]) -> _Result:
+class _Task:
+    """An item under way on the cluster."""
+
+    def __init__(self, begin: Callable[[], ObjectRef[Any]]) -> None:
+        self.begin, self.pending = begin, begin()
+
+
+def _wait(task: _Task) -> Any:
     import ray
 
-    try:
-        return ray.get(pending)
-    except ray.exceptions.RayTaskError as error:  # what the function raised
-        raise error.cause from error
-    except ray.exceptions.RayError as error:
-        fix = "lower data.shuffle_rows if memory ran out, and run the same command again: it goes on from the last checkpoint"
-        raise TrainingError(f"data.workers: rows were lost on the Ray cluster: {_first_line(error)} Fix: {fix}.") from error
+    deaths = 0
+    while True:
+        try:
+            return ray.get(task.pending)
+        except ray.exceptions.RayTaskError as error:  # what the function raised
+            raise error.cause from error
+        except ray.exceptions.RayError as error:
+            deaths += 1
+            if deaths > MAX_RETRIES:
+                fix = "lower data.shuffle_rows if memory ran out, and run the same command again: it goes on from the last checkpoint"
+                raise TrainingError(f"data.workers: rows were lost on the Ray cluster: {_first_line(error)} Fix: {fix}.") from error
+            logger.warning("data.workers: %s; its rows are read again", type(error).__name__)
+            task.pending = task.begin()
 
 
-def _cancel(pending: ObjectRef[Any]) -> None:
+def _cancel(task: _Task) -> None:
     import ray
 
     if ray.is_initialized():  # otherwise cancelling would start a cluster
-        ray.cancel(pending)
+        ray.cancel(task.pending)
 
 
 def _first_line(error: BaseException) -> str:

@@ -40,6 +40,7 @@ from mlenv.loops.ranks import Shares, all_ranks, is_main, join_group, rank, shar
 from mlenv.loops.sharding import shard
 from mlenv.loops.step_statistics import step_statistics
 from mlenv.loops.stop_signals import StopSignals
+from mlenv.loops.thread_budget import available_cores, compute_threads
 from mlenv.loops.train_step import EagerStep, TrainStep
 from mlenv.loops.training_run import BEST_FOLDER, CHECKPOINT_FOLDER, CONFIG, PROGRESS, RunOptions, TrainingRun
 from mlenv.loops.training_state import model_tensors, optimizer_tensors, parameter_names, random_tensors
@@ -121,6 +122,10 @@ class Experiment:
         self._sees_every_loss = sees_loss_for_free(self.fabric.device) if sees_every_loss is None else sees_every_loss
         self._sources: dict[Split, ParquetSource] = {}
         self._loaded: Path | None = None
+        self._threads_before = torch.get_num_threads()
+        if "OMP_NUM_THREADS" not in os.environ:
+            processes, decoding = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), config.data.workers.local_threads
+            torch.set_num_threads(compute_threads(available_cores(), num_processes=processes, decode_threads=decoding))
 
     @cached_property
     def model(self) -> nn.Module:
@@ -349,6 +354,7 @@ class Experiment:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._signals.__exit__(kind, error, trace)
+        torch.set_num_threads(self._threads_before)
         if "run" in self.__dict__:
             self.run.close()
         for source in self._sources.values():

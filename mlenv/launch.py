@@ -11,6 +11,7 @@ from mlenv.config import ExperimentConfig
 from mlenv.dry_run import check_parts
 from mlenv.errors import FAILED, GATE, STOPPED, WRONG_INPUT
 from mlenv.experiment import SPLITS, Experiment
+from mlenv.loops.thread_budget import available_cores, compute_threads
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +40,8 @@ def launch(config: ExperimentConfig, arguments: Sequence[str]) -> int:
             if getattr(config.data, split) is not None:
                 experiment.source(split)
     num_processes = config.launch.num_processes
-    # Cores are divided: compute threads of one process that wait on those of another cost more than they bring.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // num_processes, 1)))
+    threads = compute_threads(available_cores(), num_processes=num_processes, decode_threads=config.data.workers.local_threads)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # otherwise torch's launcher sets 1
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what failed is said below, and by the process itself
     for attempt in range(config.launch.max_restarts + 1):
