@@ -9,7 +9,7 @@ from mlenv.cli import DONE, WRONG_INPUT, main
 from mlenv.composition import compose
 from mlenv.config.tuning import LogUniform, Uniform
 from mlenv.errors import ConfigError, Problems
-from mlenv.tuning import check_search, compose_tuning, trial_overrides, values_text
+from mlenv.tuning import check_search, compose_tuning, trial_overrides, tune, values_text
 
 RATE = {"kind": "log_uniform", "low": 1e-4, "high": 1e-2}
 HELD_OUT = {"data": {"validation": {"start": "2026-01-02", "end": "2026-01-02"}}, "loop": {"evaluate_every_steps": 5}}
@@ -89,8 +89,7 @@ def test_extremes_hold_a_number_that_is_not_whole():
 
 
 def test_a_folder_without_a_parent_is_refused(search):
-    from mlenv.tuning import tune
-
+    pytest.importorskip("optuna")
     with pytest.raises(ConfigError, match="a folder whose parent exists"):
         tune(search(output="nowhere/search"))
 
