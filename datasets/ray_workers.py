@@ -67,7 +67,7 @@ class RayWorkers:
             ConfigError: no cluster answers at the address.
             TrainingError: a task's process died time and again, or what it made was lost.
         """
-        ray = self._connect()
+        ray = self.connect()
         task = ray.remote(num_cpus=self._config.cpus_per_task, max_retries=0)(_apply)  # begun again below, where it is said
         stored = [ray.put(function)]  # in a list, or Ray would unpack it anew for every task
         begin = partial(task.remote, stored)
@@ -79,12 +79,17 @@ class RayWorkers:
             require("ray", extra="ray").shutdown()
             self._has_connected = False
 
-    def _connect(self) -> ModuleType:
+    def connect(self, key: str = "data.workers.address") -> ModuleType:
+        """Ray, connected; ``close`` ends that.
+
+        Args:
+            key: where the config has the address.
+        """
         ray = require("ray", extra="ray")
         if ray.is_initialized():
             return ray
         num_cpus = self._config.num_workers * self._config.cpus_per_task
-        connect(self._config.address, "data.workers.address", num_cpus=num_cpus)
+        connect(self._config.address, key, num_cpus=num_cpus)
         self._has_connected = True
         return ray
 

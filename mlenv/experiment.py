@@ -7,6 +7,7 @@ import fcntl
 import json
 import logging
 import os
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -90,13 +91,23 @@ class Experiment:
 
     Args:
         sees_every_loss: whether each step looks at its loss before the model learns from it. None does where that waits for no device.
+        on_evaluation: is told of the step and the metrics of every evaluation before the last step; ends the training by EarlyStopError.
+        parent: output folder of what the training is a trial of; its MLflow run is nested under the one of that folder.
 
     Raises:
         ConfigError: the output folder has no parent; nothing is written before the first step of a training.
     """
 
-    def __init__(self, config: ExperimentConfig, sees_every_loss: bool | None = None) -> None:
+    def __init__(
+        self,
+        config: ExperimentConfig,
+        sees_every_loss: bool | None = None,
+        *,
+        on_evaluation: Callable[[int, Mapping[str, float]], None] | None = None,
+        parent: Path | None = None,
+    ) -> None:
         self.config, self.schema, self.output = config, config.schema, Path(config.output)
+        self._on_evaluation, self._parent = on_evaluation, parent
         if not self.output.parent.is_dir():
             fix = f"mkdir -p '{self.output.parent}', or set output to a folder elsewhere"
             raise ConfigError("output", expected="a folder whose parent exists", received=str(self.output), fix=fix)
@@ -253,6 +264,7 @@ class Experiment:
             gauges=self._gauges,
             signals=self._signals,
             store=self.store,
+            on_evaluation=self._on_evaluation,
         )
 
     def source(self, split: Split) -> ParquetSource:
@@ -534,7 +546,9 @@ class Experiment:
         tracking = self.config.tracking
         if not tracking.enabled:
             return
-        self._tracker = MlflowTracker(self.output, uri=tracking.uri, experiment=tracking.experiment, run_name=self.config.name)
+        self._tracker = MlflowTracker(
+            self.output, uri=tracking.uri, experiment=tracking.experiment, run_name=self.config.name, parent=self._parent
+        )
         params = {key: str(value) for key, value in leaves(to_plain(self.config)).items() if not key.startswith("schema.")}
         self._tracker.start(params, self.facts)
         self._tracker.log_inputs(mlflow_inputs(self.dataset))
