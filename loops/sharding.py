@@ -121,7 +121,10 @@ def shard_tables(
         if world_size() > 1 and is_main():
             for table, placement in placements.items():
                 logger.info("table %s: %s", table, placement)
-        sharded = DistributedModelParallel(model, device=device, plan=plan, sharders=sharders, data_parallel_wrapper=dense)
+        # A single process averages no gradients: the wrapper that does it would only copy them, some milliseconds a step.
+        sharded = DistributedModelParallel(
+            model, device=device, plan=plan, sharders=sharders, init_data_parallel=world_size() > 1, data_parallel_wrapper=dense
+        ).to(device)
     # Says at the first forward pass how torch's own callers should ask whether they are traced.
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
     return sharded, placements

@@ -9,7 +9,6 @@ from itertools import islice
 from typing import TYPE_CHECKING, Protocol
 
 import torch
-from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 from mlenv.batch import Batch, Position
@@ -21,6 +20,8 @@ from mlenv.loops.weight_average import WeightAverage
 from mlenv.modules.objective import Losses, Objective
 
 if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
     from mlenv.loops.fit import Progress
 
 
@@ -89,7 +90,8 @@ class EagerStep:
         # Of several ranks each runs as many passes, because they wait for each other in them.
         missing = max((1 if world_size() == 1 else self._num_batches) - len(group), 0)
         group += [replace(self._filler, position=group[-1].position if group else progress.position)] * missing
-        self._model.train()
+        if not self._model.training:  # setting it walks through all modules, which a small model would feel at every step
+            self._model.train()
         if self._rates is not None:
             self._rates.follow(progress)
         output = self._gradients(group, progress)
