@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -14,6 +15,8 @@ from mlenv.errors import TrainingError, check_at_least, require
 
 if TYPE_CHECKING:
     from ray import ObjectRef
+
+logger = logging.getLogger(__name__)
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -38,6 +41,10 @@ class RayConfig:
             check_at_least(name, getattr(self, name), 1)
         check_address(self.address)
 
+    @property
+    def local_threads(self) -> int:
+        return 0
+
     def build(self) -> RayWorkers:
         return RayWorkers(self)
 
@@ -60,10 +67,11 @@ class RayWorkers:
             ConfigError: no cluster answers at the address.
             TrainingError: a task's process died time and again, or what it made was lost.
         """
-        ray = self._connect()
-        task = ray.remote(num_cpus=self._config.cpus_per_task, max_retries=MAX_RETRIES)(_apply)
+        ray = self.connect()
+        task = ray.remote(num_cpus=self._config.cpus_per_task, max_retries=0)(_apply)  # begun again below, where it is said
         stored = [ray.put(function)]  # in a list, or Ray would unpack it anew for every task
-        yield from in_order(items, self._config.num_workers, partial(task.remote, stored), _wait, _cancel)
+        begin = partial(task.remote, stored)
+        yield from in_order(items, self._config.num_workers, lambda item: _Task(partial(begin, item)), _wait, _cancel)
 
     def close(self) -> None:
         """Leaves a cluster that was joined, ends one that was started."""
@@ -71,12 +79,17 @@ class RayWorkers:
             require("ray", extra="ray").shutdown()
             self._has_connected = False
 
-    def _connect(self) -> ModuleType:
+    def connect(self, key: str = "data.workers.address") -> ModuleType:
+        """Ray, connected; ``close`` ends that.
+
+        Args:
+            key: where the config has the address.
+        """
         ray = require("ray", extra="ray")
         if ray.is_initialized():
             return ray
         num_cpus = self._config.num_workers * self._config.cpus_per_task
-        connect(self._config.address, "data.workers.address", num_cpus=num_cpus)
+        connect(self._config.address, key, num_cpus=num_cpus)
         self._has_connected = True
         return ray
 
@@ -94,23 +107,36 @@ def _function(stored: ObjectRef[Any]) -> Any:
     return ray.get(stored)
 
 
-def _wait(pending: ObjectRef[_Result]) -> _Result:
+class _Task:
+    """An item under way on the cluster."""
+
+    def __init__(self, begin: Callable[[], ObjectRef[Any]]) -> None:
+        self.begin, self.pending = begin, begin()
+
+
+def _wait(task: _Task) -> Any:
     import ray
 
-    try:
-        return ray.get(pending)
-    except ray.exceptions.RayTaskError as error:  # what the function raised
-        raise error.cause from error
-    except ray.exceptions.RayError as error:
-        fix = "lower data.shuffle_rows if memory ran out, and run the same command again: it goes on from the last checkpoint"
-        raise TrainingError(f"data.workers: rows were lost on the Ray cluster: {_first_line(error)} Fix: {fix}.") from error
+    deaths = 0
+    while True:
+        try:
+            return ray.get(task.pending)
+        except ray.exceptions.RayTaskError as error:  # what the function raised
+            raise error.cause from error
+        except ray.exceptions.RayError as error:
+            deaths += 1
+            if deaths > MAX_RETRIES:
+                fix = "lower data.shuffle_rows if memory ran out, and run the same command again: it goes on from the last checkpoint"
+                raise TrainingError(f"data.workers: rows were lost on the Ray cluster: {_first_line(error)} Fix: {fix}.") from error
+            logger.warning("data.workers: %s; its rows are read again", type(error).__name__)
+            task.pending = task.begin()
 
 
-def _cancel(pending: ObjectRef[Any]) -> None:
+def _cancel(task: _Task) -> None:
     import ray
 
     if ray.is_initialized():  # otherwise cancelling would start a cluster
-        ray.cancel(pending)
+        ray.cancel(task.pending)
 
 
 def _first_line(error: BaseException) -> str:

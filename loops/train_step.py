@@ -87,7 +87,8 @@ class EagerStep:
             if progress.step >= self._shares.num_steps:
                 return None
             group = [replace(self._filler, position=progress.position)]
-        self._model.train()
+        if not self._model.training:  # setting it walks through all modules, which a small model would feel at every step
+            self._model.train()
         if self._rates is not None:
             self._rates.follow(progress)
         output = self._gradients(group, progress)

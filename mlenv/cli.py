@@ -102,6 +102,10 @@ def _parser() -> argparse.ArgumentParser:
             )
             made.add_argument("--out", type=Path, help="folder for validation.json, validation.html and statistics.json")
 
+    made = verb(verbs, "tune", _tune, "Search for better values of a config's keys, in trials on Ray; go on with a search that was killed.")
+    made.add_argument("tuning", type=Path, help="YAML file of the search; settings of it may follow as key=value")
+
+    _add_compare(verbs, verb)
     data = verbs.add_parser(
         "data", help="Make, convert or look up data sets.", description="Make, convert or look up data sets."
     ).add_subparsers(required=True, metavar="VERB")
@@ -161,6 +165,23 @@ def _add_jobs(verbs: argparse._SubParsersAction[argparse.ArgumentParser], verb: 
     made.add_argument("config", type=Path, help="YAML file in this folder; settings may follow as key=value")
     made.add_argument("--address", required=True, help="of the cluster's dashboard, such as http://HEAD:8265")
     made.add_argument("--follow", action="store_true", help="print what the job says until it ends; exit code 1 when it fails")
+
+
+def _add_compare(verbs: argparse._SubParsersAction[argparse.ArgumentParser], verb: Callable[..., argparse.ArgumentParser]) -> None:
+    text = "Say whether two models differ by more than their seeds do: train both with several seeds, or take finished runs."
+    made = verb(verbs, "compare", _compare, text)
+    for name in ("first", "second"):
+        made.add_argument(
+            name, help="YAML file, whose settings may follow as key=value; or a folder of finished runs, or a pattern of several"
+        )
+    made.add_argument("--out", type=Path, required=True, help="folder for the trainings, comparison.html and comparison.json")
+    made.add_argument("--seeds", type=int, default=5, help="trainings of each config; more of them may be asked for later")
+    made.add_argument("--metric", action="append", default=[], metavar="TASK/METRIC", help="may be given again; AUC, grouped AUC and NE")
+    made.add_argument("--paired", action="store_true", help="compare trainings of the same seed with each other")
+    made.add_argument("--max-concurrent", type=int, default=2, help="trainings under way at once")
+    made.add_argument("--cpus", type=int, default=1, help="CPUs of a training")
+    made.add_argument("--gpus", type=float, default=0, help="GPUs of a training")
+    made.add_argument("--address", default="", help="Ray cluster to join, auto or host:port; otherwise one is started")
 
 
 def _add_features(verbs: argparse._SubParsersAction[argparse.ArgumentParser], verb: Callable[..., argparse.ArgumentParser]) -> None:
@@ -235,6 +256,43 @@ def _predict(config: ExperimentConfig, options: argparse.Namespace) -> int:
         num_rows = predict(experiment.model, experiment.source("test"), options.out, experiment.calibrators)
     if is_main():
         print(f"{num_rows:,} rows scored with {checkpoint} -> {options.out}")
+    return DONE
+
+
+def _tune(options: argparse.Namespace) -> int:
+    from mlenv.composition import to_yaml
+    from mlenv.tuning import check_search, compose_tuning, tune
+
+    if options.dry_run:
+        config = compose_tuning(options.tuning, options.overrides)
+        check_search(config)
+        print(to_yaml(config), end="")
+        return DONE
+    result = tune(options.tuning, options.overrides)
+    print(f"{len(result.trials)} trials, the best of them {result.best.number}: {result.best.best:.5f}")
+    print("\n".join(f"  {key}: {value}" for key, value in result.best.values.items()))
+    print(f"config   {result.config}")
+    print(f"page     {result.page}")
+    if result.tracked_as:
+        print(f"MLflow   {result.tracked_as} (mlenv ui)")
+    return DONE
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from mlenv.comparison import check_comparison, compare
+    from mlenv.config import ResourcesConfig
+
+    wanted = {"out": options.out, "num_seeds": options.seeds, "metrics": options.metric}
+    resources = ResourcesConfig(max_concurrent=options.max_concurrent, cpus=options.cpus, gpus=options.gpus, address=options.address)
+    if options.dry_run:
+        check_comparison(options.first, options.second, options.overrides, **wanted)
+        print(f"would compare {options.first} and {options.second} in {options.out}")
+        return DONE
+    result = compare(options.first, options.second, options.overrides, **wanted, is_paired=options.paired, resources=resources)
+    print("\n".join(result.sentences))
+    print(f"page     {result.page}")
+    if result.tracked_as:
+        print(f"MLflow   {result.tracked_as} (mlenv ui)")
     return DONE
 
 

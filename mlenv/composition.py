@@ -39,15 +39,24 @@ def compose(file: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig
         Problems: names every unknown key, wrong value and contradiction at once.
         ConfigError: a file is missing, is not YAML, or extends itself.
     """
+    plain = _with_windows(load(file, overrides), str(file))
+    config: ExperimentConfig = from_plain(plain, ExperimentConfig, str(file))
+    check(config)
+    return config
+
+
+def load(file: str | Path, overrides: Sequence[str] = ()) -> Node:
+    """A YAML file with all it extends and ``key=value`` overrides, merged but not yet looked at.
+
+    Raises:
+        ConfigError: a file is missing, is not YAML, or extends itself.
+    """
     plain = _merge(_load(Path(file), ()), parse_overrides(overrides), _DEFAULT_KINDS)
     try:
         resolved = OmegaConf.to_container(OmegaConf.create(plain), resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(str(file), expected="interpolations that resolve", received=str(error).splitlines()[0]) from error
-    plain = _with_windows(typing.cast(Node, resolved), str(file))
-    config: ExperimentConfig = from_plain(plain, ExperimentConfig, str(file))
-    check(config)
-    return config
+    return typing.cast(Node, resolved)
 
 
 def from_plain(plain: Node, cls: type, title: str = "config") -> Any:

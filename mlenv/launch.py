@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from mlenv.config import Command, ExperimentConfig
 from mlenv.errors import FAILED, GATE, STOPPED, WRONG_INPUT, check_at_least
+from mlenv.loops.thread_budget import available_cores, compute_threads
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +39,9 @@ class TorchrunConfig:
             ConfigError, Problems, DataError: see check_before_start.
         """
         check_before_start(config)
-        return _run_in_processes(command.arguments, self.num_processes, self.max_restarts)
+        decoding = config.data.workers.local_threads
+        threads = compute_threads(available_cores(), num_processes=self.num_processes, decode_threads=decoding)
+        return _run_in_processes(command.arguments, self.num_processes, self.max_restarts, threads)
 
 
 def check_before_start(config: ExperimentConfig) -> None:
@@ -57,7 +60,7 @@ def check_before_start(config: ExperimentConfig) -> None:
                 experiment.source(split)
 
 
-def _run_in_processes(arguments: Sequence[str], num_processes: int, max_restarts: int) -> int:
+def _run_in_processes(arguments: Sequence[str], num_processes: int, max_restarts: int, num_threads: int) -> int:
     """Runs ``mlenv ARGUMENTS`` in each. When one dies the others are ended, and all start again from the last checkpoint.
 
     Returns:
@@ -67,8 +70,7 @@ def _run_in_processes(arguments: Sequence[str], num_processes: int, max_restarts
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    # Cores are divided: compute threads of one process that wait on those of another cost more than they bring.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // num_processes, 1)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(num_threads))  # otherwise torch's launcher sets 1
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what failed is said below, and by the process itself
     for attempt in range(max_restarts + 1):

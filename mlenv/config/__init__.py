@@ -28,16 +28,20 @@ from mlenv.config.transforms import (
     TransformConfig,
     WindowTransformConfig,
 )
+from mlenv.config.tuning import EARLY_STOPPING, SPACES, ResourcesConfig, TuningConfig
+from mlenv.config.warm_start import WarmStartConfig
 
 __all__ = [
     "BALANCES",
     "CALIBRATORS",
     "CONFIG_FILE",
+    "EARLY_STOPPING",
     "LAUNCHERS",
     "LOSSES",
     "MODELS",
     "MONITORS",
     "OPTIMIZERS",
+    "SPACES",
     "TRANSFORMS",
     "WORKERS",
     "BalanceConfig",
@@ -60,6 +64,7 @@ __all__ = [
     "ModelConfig",
     "ObjectiveConfig",
     "OptimizerConfig",
+    "ResourcesConfig",
     "RowRule",
     "TableConfig",
     "TableOptimizer",
@@ -67,6 +72,8 @@ __all__ = [
     "TableTransformConfig",
     "TrackingConfig",
     "TransformConfig",
+    "TuningConfig",
+    "WarmStartConfig",
     "WindowConfig",
     "WindowTransformConfig",
     "Workers",

@@ -13,6 +13,7 @@ from mlenv.config.launch import LAUNCHERS, LauncherConfig, torchrun
 from mlenv.config.loop import OPTIMIZERS, LoopConfig, OptimizerConfig, adamw
 from mlenv.config.objective import ObjectiveConfig
 from mlenv.config.tracking import TrackingConfig
+from mlenv.config.warm_start import WarmStartConfig
 from mlenv.kinds import kind_field
 from mlenv.schema import Schema
 
@@ -87,6 +88,8 @@ class ExperimentConfig:
     optimizer: OptimizerConfig = kind_field(OPTIMIZERS, default_kind="adamw", default_factory=adamw)
     """Of all that is not an embedding table; AdamW where no kind is named."""
     objective: ObjectiveConfig = ObjectiveConfig()
+    warm_start: WarmStartConfig | None = None
+    """Begin with the weights of another training; null begins with fresh ones."""
     calibration: dict[str, CalibratorConfig] = kind_field(CALIBRATORS, default_factory=dict)
     """Corrects the predictions of a task, fitted on ``data.validation`` once the training has ended; a task that is not named
     keeps the sigmoid of its logits."""
