@@ -90,6 +90,7 @@ class TrainingRun:
         gauges: what else to record of the training, by name; asked for when the losses are recorded.
         signals: those that ask the process to end; held while steps are trained.
         store: where checkpoints are copied to; None for nowhere.
+        on_evaluation: is told of the step and the metrics of every evaluation before the last step; what it raises ends the training.
     """
 
     def __init__(
@@ -105,6 +106,7 @@ class TrainingRun:
         gauges: Callable[[], Mapping[str, float]],
         signals: StopSignals,
         store: CheckpointStore | None = None,
+        on_evaluation: Callable[[int, Mapping[str, float]], None] | None = None,
     ) -> None:
         self.journal: Journal | SilentJournal = Journal(output / JOURNAL_FILE) if is_main() else SilentJournal()
         self._checkpoints, self._best, self._options = output / CHECKPOINT_FOLDER, output / BEST_FOLDER, options
@@ -113,6 +115,7 @@ class TrainingRun:
         self._saved_step, self._is_disk_full, self._is_uncopied = 0, False, False
         self._writer = CheckpointWriter()
         self._newest_best: Progress | None = None
+        self._on_evaluation = on_evaluation
         timeout = options.hang_timeout_seconds
         self._watchdog = Watchdog(output, timeout) if timeout else None
         # What was seen since the last record; part of the checkpoint, so that a resumed run logs the same numbers.
@@ -192,6 +195,8 @@ class TrainingRun:
             progress = progress.judged(metrics[monitor], MONITORS[monitor.rpartition("/")[2]])
             if progress.stale_evaluations == 0:
                 self._write(self._best, progress, Retention(), partial(self._best_is_written, progress))
+        if self._on_evaluation is not None and progress.step < self._options.total_steps:
+            self._on_evaluation(progress.step, metrics)
         self._seconds += time.perf_counter() - started
         return progress
 

@@ -11,12 +11,10 @@ from mlenv.backfill_checks import check_pairs
 from mlenv.batch import Extra, example_batch
 from mlenv.config import EmbeddingsConfig, ExperimentConfig
 from mlenv.datasets.parquet_source import NoFilesError, ParquetSource
-from mlenv.loops.checkpoint_store import CheckpointStore
 from mlenv.loops.train_step import check_logits
 from mlenv.modules import Objective, TorchEmbeddings
+from mlenv.modules.distillation import Teach
 from mlenv.schema import Table
-from mlenv.teacher import teacher_of
-from mlenv.warm_start import WarmStart
 
 
 def check_data(config: ExperimentConfig) -> None:
@@ -53,10 +51,26 @@ def check_parts(config: ExperimentConfig) -> None:
     probe = example_batch(schema)
     with torch.no_grad():
         check_logits(model.eval()(probe), probe)
-    teach = teacher_of(config.objective.distillation, schema, torch.device("cpu"), config.tracking.uri)
-    if config.loop.checkpoint_url:
-        CheckpointStore(config.loop.checkpoint_url)
-    if config.warm_start is not None:
-        WarmStart(config.warm_start, schema, config.tracking.uri).verify()
+    teach = _teach(config)
+    _check_checkpoints(config)
     objective = Objective(config.objective, schema.tasks, model, teach=teach, probe=probe)
     objective.backward(objective(model.train()(probe), probe), torch.Tensor.backward)
+
+
+def _teach(config: ExperimentConfig) -> Teach | None:
+    if config.objective.distillation is None:
+        return None
+    from mlenv.teacher import teacher_of  # what reads checkpoints takes as long to import as torch
+
+    return teacher_of(config.objective.distillation, config.schema, torch.device("cpu"), config.tracking.uri)
+
+
+def _check_checkpoints(config: ExperimentConfig) -> None:
+    if config.loop.checkpoint_url:
+        from mlenv.loops.checkpoint_store import CheckpointStore
+
+        CheckpointStore(config.loop.checkpoint_url)
+    if config.warm_start is not None:
+        from mlenv.warm_start import WarmStart
+
+        WarmStart(config.warm_start, config.schema, config.tracking.uri).verify()

@@ -7,6 +7,7 @@ import fcntl
 import json
 import logging
 import os
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -40,6 +41,7 @@ from mlenv.loops.ranks import Shares, all_ranks, is_main, join_group, rank, shar
 from mlenv.loops.sharding import shard
 from mlenv.loops.step_statistics import step_statistics
 from mlenv.loops.stop_signals import StopSignals
+from mlenv.loops.thread_budget import available_cores, compute_threads
 from mlenv.loops.train_step import EagerStep, TrainStep
 from mlenv.loops.training_run import BEST_FOLDER, CHECKPOINT_FOLDER, CONFIG, PROGRESS, RunOptions, TrainingRun
 from mlenv.loops.training_state import model_tensors, optimizer_tensors, parameter_names, random_tensors
@@ -64,7 +66,7 @@ NAMED_FACTS = 25
 """Row groups that were passed over, and findings about the data, that the facts of a run name; the log has all."""
 
 _MAY_CHANGE = (
-    *("name", "output", "tracking.", "checks.", "calibration.", "data.path", "data.test", "data.workers.", "launch."),
+    *("name", "output", "tracking.", "checks.", "calibration.", "data.path", "data.test", "data.workers.", "launch.", "job."),
     *("loop.log_every_steps", "loop.checkpoint_every_steps", "loop.keep_checkpoints", "loop.stop_after_evaluations", "loop.device"),
     *("loop.on_bad_loss", "loop.max_loss", "loop.max_skipped_steps", "loop.hang_timeout_seconds", "loop.keep_every_steps"),
     "loop.checkpoint_url",
@@ -89,13 +91,23 @@ class Experiment:
 
     Args:
         sees_every_loss: whether each step looks at its loss before the model learns from it. None does where that waits for no device.
+        on_evaluation: is told of the step and the metrics of every evaluation before the last step; ends the training by EarlyStopError.
+        parent: output folder of what the training is a trial of; its MLflow run is nested under the one of that folder.
 
     Raises:
         ConfigError: the output folder has no parent; nothing is written before the first step of a training.
     """
 
-    def __init__(self, config: ExperimentConfig, sees_every_loss: bool | None = None) -> None:
+    def __init__(
+        self,
+        config: ExperimentConfig,
+        sees_every_loss: bool | None = None,
+        *,
+        on_evaluation: Callable[[int, Mapping[str, float]], None] | None = None,
+        parent: Path | None = None,
+    ) -> None:
         self.config, self.schema, self.output = config, config.schema, Path(config.output)
+        self._on_evaluation, self._parent = on_evaluation, parent
         if not self.output.parent.is_dir():
             fix = f"mkdir -p '{self.output.parent}', or set output to a folder elsewhere"
             raise ConfigError("output", expected="a folder whose parent exists", received=str(self.output), fix=fix)
@@ -113,6 +125,10 @@ class Experiment:
         self._sees_every_loss = sees_loss_for_free(self.fabric.device) if sees_every_loss is None else sees_every_loss
         self._sources: dict[Split, ParquetSource] = {}
         self._loaded: Path | None = None
+        self._threads_before = torch.get_num_threads()
+        if "OMP_NUM_THREADS" not in os.environ:
+            processes, decoding = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), config.data.workers.local_threads
+            torch.set_num_threads(compute_threads(available_cores(), num_processes=processes, decode_threads=decoding))
         self._taken: Difference | None = None
 
     @cached_property
@@ -248,6 +264,7 @@ class Experiment:
             gauges=self._gauges,
             signals=self._signals,
             store=self.store,
+            on_evaluation=self._on_evaluation,
         )
 
     def source(self, split: Split) -> ParquetSource:
@@ -367,6 +384,7 @@ class Experiment:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._signals.__exit__(kind, error, trace)
+        torch.set_num_threads(self._threads_before)
         if "run" in self.__dict__:
             self.run.close()
         for source in self._sources.values():
@@ -528,7 +546,9 @@ class Experiment:
         tracking = self.config.tracking
         if not tracking.enabled:
             return
-        self._tracker = MlflowTracker(self.output, uri=tracking.uri, experiment=tracking.experiment, run_name=self.config.name)
+        self._tracker = MlflowTracker(
+            self.output, uri=tracking.uri, experiment=tracking.experiment, run_name=self.config.name, parent=self._parent
+        )
         params = {key: str(value) for key, value in leaves(to_plain(self.config)).items() if not key.startswith("schema.")}
         self._tracker.start(params, self.facts)
         self._tracker.log_inputs(mlflow_inputs(self.dataset))

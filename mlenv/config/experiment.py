@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Protocol
 from mlenv.config.checks import ChecksConfig
 from mlenv.config.data import DataConfig
 from mlenv.config.embeddings import EmbeddingsConfig
-from mlenv.config.launch import LaunchConfig
+from mlenv.config.job import JobConfig
+from mlenv.config.launch import LAUNCHERS, LauncherConfig, torchrun
 from mlenv.config.loop import OPTIMIZERS, LoopConfig, OptimizerConfig, adamw
 from mlenv.config.objective import ObjectiveConfig
 from mlenv.config.tracking import TrackingConfig
@@ -93,7 +94,10 @@ class ExperimentConfig:
     """Corrects the predictions of a task, fitted on ``data.validation`` once the training has ended; a task that is not named
     keeps the sigmoid of its logits."""
     loop: LoopConfig = LoopConfig()
-    launch: LaunchConfig = LaunchConfig()
+    launch: LauncherConfig = kind_field(LAUNCHERS, default_kind="torchrun", default_factory=torchrun)
+    """How many processes train together, and who starts them; torchrun where no kind is named."""
+    job: JobConfig = JobConfig()
+    """The machines, where a scheduler starts the training."""
     checks: ChecksConfig = ChecksConfig()
     tracking: TrackingConfig = TrackingConfig()
     seed: int = 0
