@@ -68,10 +68,10 @@ def own_group() -> ProcessGroup | None:
     return torch.distributed.new_group(backend="gloo") if torch.distributed.is_initialized() else None
 
 
-def wait_for_all(group: ProcessGroup | None = None) -> None:
+def wait_for_all() -> None:
     """Returns once every process has come here."""
     if world_size() > 1:
-        torch.distributed.barrier(group)
+        torch.distributed.barrier()
 
 
 def from_main(text: str) -> str:

@@ -278,9 +278,7 @@ class TrainingRun:
 
         def write_and_prune(group: ProcessGroup | None) -> None:
             write(group)
-            if is_main():
-                for name in outdated_best(*map(_names, (self._best, self._checkpoints))):
-                    shutil.rmtree(self._best / name)
+            together(self._prune_best, group)
             self._copy(group)
 
         self._writer.begin(write_and_prune, outcome)
@@ -320,6 +318,11 @@ class TrainingRun:
     def _own_sums(self) -> dict[str, Tensor]:
         return {of_rank(f"run.{name}"): sums.cpu() for name, sums in self._sums.items()}
 
+    def _prune_best(self) -> None:
+        if is_main():
+            for name in outdated_best(_names(self._best), _names(self._checkpoints)):
+                shutil.rmtree(self._best / name)
+
     def copy(self) -> None:
         """Has the same checkpoints at the URL as on the disk, documents that were added to one too.
 
@@ -333,8 +336,16 @@ class TrainingRun:
             raise TrainingError(f"the checkpoints cannot be copied ({error}). Fix: {fix}.") from error
 
     def _copy(self, group: ProcessGroup | None) -> None:
-        if self._store is not None:
-            together(partial(self._copy_to, self._store) if is_main() else lambda: None, group)
+        failure: StoreError | None = None
+        if self._store is None:
+            return
+        if is_main():
+            try:
+                self._copy_to(self._store)
+            except StoreError as error:
+                failure = error
+        if any_rank(failure is not None, group):
+            raise failure or StoreError(f"{self._store.url}: rank 0 could not write there")
 
     def _copy_to(self, store: CheckpointStore) -> None:
         for folder in (self._best, self._checkpoints):  # a checkpoint that is there has its best model there
