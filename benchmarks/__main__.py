@@ -14,7 +14,7 @@ from pathlib import Path
 from benchmarks.machine import describe_machine
 
 BENCHMARKS = (
-    *("loader", "negative_sampling", "training_loop", "table_size", "jagged_sequences", "crossings", "optimizers"),
+    *("loader", "negative_sampling", "training_loop", "table_size", "jagged_sequences", "crossings", "optimizers", "compile"),
     *("kuairand", "calibration", "frappe", "distillation"),
 )
 RESULTS = Path(__file__).parent / "results"

@@ -30,6 +30,7 @@ from mlenv.kinds import kind_of
 from mlenv.loops.bad_step import bad_step_folder, save_bad_step
 from mlenv.loops.calibration import CALIBRATORS_FILE, Calibrator, calibrators_from_json, calibrators_to_json, fit_calibrators
 from mlenv.loops.checkpoint import add_document, list_checkpoints, load_tensors, read_document, verify
+from mlenv.loops.compilation import COMPILATION_FILE, Compilation, compile_dense_part
 from mlenv.loops.evaluate import evaluate, score
 from mlenv.loops.fit import Progress
 from mlenv.loops.guarded_step import GuardedStep
@@ -64,6 +65,7 @@ NAMED_FACTS = 25
 _MAY_CHANGE = (
     *("name", "output", "tracking.", "checks.", "calibration.", "data.path", "data.test", "data.workers.", "launch."),
     *("loop.log_every_steps", "loop.checkpoint_every_steps", "loop.keep_checkpoints", "loop.stop_after_evaluations", "loop.device"),
+    "loop.compile",
     *("loop.on_bad_loss", "loop.max_loss", "loop.max_skipped_steps", "loop.hang_timeout_seconds"),
     "data.content_hash",
 )
@@ -148,8 +150,21 @@ class Experiment:
             return Objective(config, tasks, model, teach=self.teach, num_steps=self.total_steps, probe=probe).to(device)
 
     @cached_property
+    def compilation(self) -> Compilation | None:
+        """What came of compiling the model behind its embeddings, which is done here; None without ``loop.compile``."""
+        mode = self.config.loop.compile
+        if mode == "none":
+            return None
+        if mode == "cuda_graphs" and self.fabric.device.type != "cuda":
+            fix = "set it to kernels, or loop.device to cuda"
+            raise ConfigError("loop.compile", expected="none or kernels on a CPU", received=mode, fix=fix)
+        probe = example_batch(self.schema, self.config.data.batch_size).to(self.fabric.device)
+        return compile_dense_part(self.model, probe, mode, self.fabric.autocast)
+
+    @cached_property
     def step(self) -> TrainStep:
         """One step of training."""
+        _ = self.compilation
         whole_tables = [table for table, options in options_of_tables(self.model, self.config.embeddings) if options.optimizer == "adam"]
         clip = [*self._dense_parameters, *whole_tables], self.config.optimizer.gradient_clip_norm
         rates, schedule = None, schedule_of(self.config.loop, self.total_steps)
@@ -322,6 +337,8 @@ class Experiment:
             for split, source in self._sources.items()
             for join in source.joins.values()
         }
+        if (compilation := self.__dict__.get("compilation")) is not None:
+            prints["compilation"] = str(compilation)
         return {**windows, **prints, "device": str(self.fabric.device), **run_tags()}
 
     @property
@@ -475,6 +492,8 @@ class Experiment:
         write_whole(_HEADER + to_yaml(self.config), self.output / CONFIG)
         if joins := {split: source.joins for split, source in self._sources.items() if source.joins}:
             write_whole(json.dumps(joins, indent=2), self.output / JOINS)
+        if self.compilation is not None:
+            write_whole(json.dumps(dataclasses.asdict(self.compilation), indent=2), self.output / COMPILATION_FILE)
         tracking = self.config.tracking
         if not tracking.enabled:
             return
@@ -484,8 +503,8 @@ class Experiment:
         self._tracker.log_inputs(mlflow_inputs(self.dataset))
         self.keep(self.output / CONFIG)
         self.keep(self.output / DATASET_FILE)
-        if joins:
-            self.keep(self.output / JOINS)
+        for name in ([JOINS] if joins else []) + ([COMPILATION_FILE] if self.compilation is not None else []):
+            self.keep(self.output / name)
 
 
 def sees_loss_for_free(device: torch.device) -> bool:

@@ -11,7 +11,7 @@ from mlenv.config.data import WORKERS, DataConfig
 from mlenv.config.embeddings import EmbeddingsConfig, TableConfig
 from mlenv.config.experiment import CALIBRATORS, ExperimentConfig
 from mlenv.config.loop import MONITORS
-from mlenv.config.objective import ObjectiveConfig
+from mlenv.config.objective import BALANCES, ObjectiveConfig
 from mlenv.config.transforms import TRANSFORMS, LabelTransformConfig, TableTransformConfig, TransformConfig, WindowTransformConfig
 from mlenv.errors import ConfigError, MlenvError, Problems, nearest
 from mlenv.kinds import kind_of
@@ -57,6 +57,7 @@ def _problems(config: ExperimentConfig) -> Iterator[MlenvError]:
     yield from _monitor_problems(config)
     yield from _table_optimizer_problems(config)
     yield from _accumulation_problems(config)
+    yield from _compilation_problems(config)
     if config.embeddings.engine == "torchrec":
         for name, table in schema.tables.items():
             if table.embedding_dim % 4:
@@ -175,6 +176,21 @@ def _accumulation_problems(config: ExperimentConfig) -> Iterator[MlenvError]:
         fix = "raise data.batch_size instead"
         received = config.loop.accumulate_batches
         yield ConfigError("loop.accumulate_batches", expected=f"1, because {reason}", received=received, fix=fix)
+
+
+def _compilation_problems(config: ExperimentConfig) -> Iterator[MlenvError]:
+    """What a compiled part of the model cannot do."""
+    mode, objective = config.loop.compile, config.objective
+    watched = {
+        "objective.distillation.hidden": objective.distillation is not None and objective.distillation.hidden is not None,
+        "objective.balance": objective.balance is not None and kind_of(objective.balance, BALANCES) in ("grad_norm", "pcgrad"),
+    }
+    for key in (key for key, is_watching in watched.items() if is_watching and mode != "none"):
+        expected = f"none, because {key} watches layers from outside, and a compiled model has none"
+        yield ConfigError("loop.compile", expected=expected, received=mode)
+    if mode == "cuda_graphs" and config.loop.accumulate_batches > 1:
+        expected = "none or kernels with loop.accumulate_batches, because a graph writes each batch's gradients over those before"
+        yield ConfigError("loop.compile", expected=expected, received=mode)
 
 
 def _objective_problems(objective: ObjectiveConfig, schema: Schema) -> Iterator[MlenvError]:

@@ -82,6 +82,10 @@ class LoopConfig:
     """auto takes a GPU where there is one."""
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     """bf16-mixed computes the dense part in bfloat16 and keeps float32 weights."""
+    compile: Literal["none", "kernels", "cuda_graphs"] = "none"
+    """What becomes of the model behind its embeddings in training steps. kernels: torch.compile makes fused kernels of it, once,
+    for full batches. cuda_graphs: a GPU also replays them without the host's starting each. It is tried before the first step, and
+    what cannot be compiled stays as it is, with a warning."""
     on_bad_loss: Literal["stop", "skip"] = "stop"
     """What becomes of a step whose loss is no number or above ``max_loss``; either way the model does not learn from it, and the step is
     kept in the output folder. skip goes on with the next batch."""
