@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from mlenv.config import EmbeddingsConfig
-from mlenv.errors import require
+from mlenv.errors import ConfigError, require
 from mlenv.loops.ranks import world_size
 from mlenv.modules.embeddings import fill_initial_rows
 
@@ -53,7 +53,8 @@ def shard(model: nn.Module, config: EmbeddingsConfig, device: torch.device, seed
                     sharding_types=[wanted] if wanted else _sharding_types(table.num_embeddings),
                     compute_kernels=[EmbeddingComputeKernel.FUSED.value],
                 )
-    sharders = [EmbeddingBagCollectionSharder(), EmbeddingCollectionSharder()]
+    codecs = _codecs(config.communication_precision, device)
+    sharders = [EmbeddingBagCollectionSharder(qcomm_codecs_registry=codecs), EmbeddingCollectionSharder(qcomm_codecs_registry=codecs)]
     group = torch.distributed.group.WORLD
     assert group is not None
     with warnings.catch_warnings(), _quiet("torchrec"), _quiet(""):
@@ -72,6 +73,26 @@ def shard(model: nn.Module, config: EmbeddingsConfig, device: torch.device, seed
             for rows, first_row in _local_rows(weight):
                 fill_initial_rows(rows, first_row, table_of(name), config.init_std, seed)
     return sharded
+
+
+def _codecs(precision: str, device: torch.device) -> dict[str, Any] | None:
+    """What brings vectors to a narrower type before they are sent, and back; None sends them as they are.
+
+    Gradients of a mean over many rows are too small for fp16: bf16, which gloo does not send, has the range of float32.
+    """
+    from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_qcomm_codecs_registry
+
+    if precision == "fp32":
+        return None
+    is_cpu = device.type == "cpu"
+    if is_cpu and precision == "bf16":
+        fix = "set it to fp16, or train on GPUs"
+        raise ConfigError("embeddings.communication_precision", expected="fp32 or fp16 on a CPU", received=precision, fix=fix)
+    gradients = CommType.FP32 if is_cpu else CommType.BF16
+    options = QCommsConfig(forward_precision=CommType[precision.upper()], backward_precision=gradients)
+    with _quiet("torchrec"), _quiet(""):
+        codecs: dict[str, Any] | None = get_qcomm_codecs_registry(options, device=device)
+    return codecs
 
 
 def _sharding_types(num_rows: int) -> list[str]:

@@ -37,6 +37,7 @@ from mlenv.loops.guarded_step import GuardedStep
 from mlenv.loops.learning_rate import LearningRates, schedule_of
 from mlenv.loops.optimizers import build_table_optimizers, dense_parameters, options_of_tables
 from mlenv.loops.ranks import Shares, all_ranks, is_main, join_group, rank, share, started_by_launcher, wait_for_all, world_size
+from mlenv.loops.read_ahead import ReadAheadStep
 from mlenv.loops.sharding import shard
 from mlenv.loops.step_statistics import step_statistics
 from mlenv.loops.stop_signals import StopSignals
@@ -65,7 +66,7 @@ NAMED_FACTS = 25
 _MAY_CHANGE = (
     *("name", "output", "tracking.", "checks.", "calibration.", "data.path", "data.test", "data.workers.", "launch."),
     *("loop.log_every_steps", "loop.checkpoint_every_steps", "loop.keep_checkpoints", "loop.stop_after_evaluations", "loop.device"),
-    "loop.compile",
+    *("loop.compile", "loop.read_ahead"),
     *("loop.on_bad_loss", "loop.max_loss", "loop.max_skipped_steps", "loop.hang_timeout_seconds"),
     "data.content_hash",
 )
@@ -176,13 +177,16 @@ class Experiment:
             raise ConfigError(
                 "loop.accumulate_batches", expected="1 with several processes", received=received, fix="train with more processes"
             )
-        empty = example_batch(self.schema, num_rows=0)
-        step = EagerStep(
-            self.fabric, self.model, self.optimizers, self.objective, clip, rates, self.shares, empty, self.average, accumulated
+        filler = example_batch(self.schema)  # two rows: TorchRec's sequences take no fewer than one, batch normalization than two
+        step: TrainStep = EagerStep(
+            self.fabric, self.model, self.optimizers, self.objective, clip, rates, self.shares, filler, self.average, accumulated
         )
-        if not self._sees_every_loss:
-            return step
-        return GuardedStep(step, self.model, self.objective, self.optimizers, self.config.loop, self._keep_bad_step)
+        if self._sees_every_loss:
+            step = GuardedStep(step, self.model, self.objective, self.optimizers, self.config.loop, self._keep_bad_step)
+        reads_ahead = self.config.loop.read_ahead
+        if reads_ahead or (reads_ahead is None and self.fabric.device.type == "cuda"):
+            step = ReadAheadStep(step, self.model, self.objective, self.fabric.device, filler, self.total_steps, accumulated)
+        return step
 
     @cached_property
     def shares(self) -> Shares:

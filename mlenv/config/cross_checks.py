@@ -150,6 +150,9 @@ def _table_optimizer_problems(config: ExperimentConfig) -> Iterator[MlenvError]:
             yield ConfigError(
                 f"{key}.sharding", expected="null, because the engine torch copies tables", received=embeddings.engine, fix=fix
             )
+        if embeddings.communication_precision != "fp32":
+            key, expected = "embeddings.communication_precision", "fp32, because the engine torch sends no vectors"
+            yield ConfigError(key, expected=expected, received=embeddings.communication_precision, fix="set embeddings.engine to torchrec")
         return
     fix = "set embeddings.engine to torch"
     for key, options in named.items():

@@ -86,6 +86,9 @@ class LoopConfig:
     """What becomes of the model behind its embeddings in training steps. kernels: torch.compile makes fused kernels of it, once,
     for full batches. cuda_graphs: a GPU also replays them without the host's starting each. It is tried before the first step, and
     what cannot be compiled stays as it is, with a warning."""
+    read_ahead: bool | None = None
+    """Whether batches are sent to the device, and their ids to the processes that hold the rows, while the step before computes; null
+    does so on a GPU. The numbers are the same."""
     on_bad_loss: Literal["stop", "skip"] = "stop"
     """What becomes of a step whose loss is no number or above ``max_loss``; either way the model does not learn from it, and the step is
     kept in the output folder. skip goes on with the next batch."""
