@@ -49,13 +49,18 @@ class ReadAheadStep:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._tables = [module for module in model.modules() if isinstance(module, TorchRecEmbeddings)]
         self._ready: deque[Batch] = deque()
-        self._num_read: int | None = None
+        self._source: Iterator[Batch] | None = None
+        self._num_read = 0
         objective.register_forward_hook(self._between_forward_and_backward)
 
     def advance(self, batches: Iterator[Batch], progress: Progress) -> StepOutput | None:
         """Trains on the next batch, or the next few; None when no rank has one."""
-        if self._num_read is None:
-            self._num_read, self._filler = progress.step * self._num_batches, replace(self._filler, position=progress.position)
+        if batches is not self._source:  # another training, or the first; what was read for the one before is read again
+            self._source, self._filler = batches, replace(self._filler, position=progress.position)
+            self._num_read = progress.step * self._num_batches
+            self._ready.clear()
+            for tables in self._tables:
+                tables.ids_ahead.forget()
             self._read(batches)
         output = self._step.advance(self._handed_out(batches), progress)
         self._read(batches)
@@ -78,7 +83,6 @@ class ReadAheadStep:
 
     def _read(self, batches: Iterator[Batch]) -> None:
         """Reads until the batches of a step, and one more, are on their way."""
-        assert self._num_read is not None
         while len(self._ready) <= self._num_batches and self._num_read < self._num_steps * self._num_batches:
             batch = next(batches, None)
             if batch is None and world_size() == 1:

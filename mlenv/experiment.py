@@ -39,6 +39,7 @@ from mlenv.loops.optimizers import build_table_optimizers, dense_parameters, opt
 from mlenv.loops.ranks import Shares, all_ranks, is_main, join_group, rank, share, started_by_launcher, wait_for_all, world_size
 from mlenv.loops.read_ahead import ReadAheadStep
 from mlenv.loops.sharding import shard
+from mlenv.loops.step_meter import StepMeter, peak_tflops
 from mlenv.loops.step_statistics import step_statistics
 from mlenv.loops.stop_signals import StopSignals
 from mlenv.loops.train_step import EagerStep, TrainStep
@@ -66,7 +67,7 @@ NAMED_FACTS = 25
 _MAY_CHANGE = (
     *("name", "output", "tracking.", "checks.", "calibration.", "data.path", "data.test", "data.workers.", "launch."),
     *("loop.log_every_steps", "loop.checkpoint_every_steps", "loop.keep_checkpoints", "loop.stop_after_evaluations", "loop.device"),
-    *("loop.compile", "loop.read_ahead"),
+    *("loop.compile", "loop.read_ahead", "loop.peak_tflops"),
     *("loop.on_bad_loss", "loop.max_loss", "loop.max_skipped_steps", "loop.hang_timeout_seconds"),
     "data.content_hash",
 )
@@ -163,7 +164,7 @@ class Experiment:
         return compile_dense_part(self.model, probe, mode, self.fabric.autocast)
 
     @cached_property
-    def step(self) -> TrainStep:
+    def step(self) -> StepMeter:
         """One step of training."""
         _ = self.compilation
         whole_tables = [table for table, options in options_of_tables(self.model, self.config.embeddings) if options.optimizer == "adam"]
@@ -186,7 +187,8 @@ class Experiment:
         reads_ahead = self.config.loop.read_ahead
         if reads_ahead or (reads_ahead is None and self.fabric.device.type == "cuda"):
             step = ReadAheadStep(step, self.model, self.objective, self.fabric.device, filler, self.total_steps, accumulated)
-        return step
+        peak = peak_tflops(self.fabric.device, self.config.loop.precision, self.config.loop.peak_tflops)
+        return StepMeter(step, self.model, self.fabric.device, filler, peak)
 
     @cached_property
     def shares(self) -> Shares:
@@ -413,7 +415,7 @@ class Experiment:
         return f"{statistics.origin}; kept in {folder}, for mlenv.replay"
 
     def _gauges(self) -> dict[str, float]:
-        return {**self.objective.gauges(), **gate_gauges(self.model)}
+        return {**self.objective.gauges(), **gate_gauges(self.model), **self.step.gauges()}
 
     def _fit_normalization(self) -> None:
         """Rank 0 reads the rows that a single process would, so that the model is the same on any number of them."""

@@ -47,6 +47,10 @@ class IdsAhead:
             with _in(sent.stream):
                 sent.ids, sent.has_met = sent.ids.wait(), True
 
+    def forget(self) -> None:
+        """Gives up what was sent and not looked up."""
+        self._sent.clear()
+
     def look_up(self, collection: Any, lookup: str, sparse: SparseFeatures) -> Any:
         """What the collection finds for a batch whose ids were sent ahead; None for any other batch."""
         sent = next((sent for sent in self._sent if sent.sparse is sparse and sent.lookup == lookup), None)

@@ -89,6 +89,8 @@ class LoopConfig:
     read_ahead: bool | None = None
     """Whether batches are sent to the device, and their ids to the processes that hold the rows, while the step before computes; null
     does so on a GPU. The numbers are the same."""
+    peak_tflops: float | None = None
+    """Of the device at best, for ``train/model_flops_utilization``; null takes that of well-known GPUs."""
     on_bad_loss: Literal["stop", "skip"] = "stop"
     """What becomes of a step whose loss is no number or above ``max_loss``; either way the model does not learn from it, and the step is
     kept in the output folder. skip goes on with the next batch."""
@@ -124,5 +126,7 @@ class LoopConfig:
         if 0 < self.max_steps <= self.warmup_steps:
             fix = "shorten the warm-up, or train longer"
             raise ConfigError("warmup_steps", expected=f"fewer than max_steps, {self.max_steps}", received=self.warmup_steps, fix=fix)
+        if self.peak_tflops is not None:
+            check_above("peak_tflops", self.peak_tflops, 0)
         if self.max_loss is not None:
             check_above("max_loss", self.max_loss, 0)

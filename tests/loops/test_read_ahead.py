@@ -25,7 +25,7 @@ def trained(arguments: list[str], steps: int = 10_000) -> tuple[list[dict[str, f
     """Losses, the steps, and the rows at which the positions of the outputs stand."""
     config = compose(arguments[0], [*arguments[1:], "loop.log_every_steps=1", "data.num_epochs=1"])
     with Experiment(config) as experiment:
-        assert isinstance(experiment.step, ReadAheadStep) is bool(config.loop.read_ahead)
+        assert isinstance(experiment.step._step, ReadAheadStep) is bool(config.loop.read_ahead)
         rows, advance = [], experiment.step.advance
 
         def noted(batches, progress):
@@ -36,7 +36,7 @@ def trained(arguments: list[str], steps: int = 10_000) -> tuple[list[dict[str, f
         experiment.step.advance = noted
         progress = fit(experiment.step, experiment.source("train"), experiment.run, config.loop)
         lines = Journal(experiment.output / "metrics.jsonl").read()
-    timed = {"time", "train/examples_per_second"}
+    timed = {"time", "train/examples_per_second", "train/tflops_per_second", "train/data_wait_share"}
     return [{key: value for key, value in line.items() if key not in timed} for line in lines], progress.step, rows
 
 
