@@ -40,6 +40,7 @@ from mlenv.loops.ranks import Shares, all_ranks, is_main, join_group, rank, shar
 from mlenv.loops.read_ahead import ReadAheadStep
 from mlenv.loops.sharding import shard
 from mlenv.loops.step_meter import StepMeter, peak_tflops
+from mlenv.loops.step_profile import PROFILE_FOLDER, WARM_UP_STEPS, ProfiledStep, StepProfile
 from mlenv.loops.step_statistics import step_statistics
 from mlenv.loops.stop_signals import StopSignals
 from mlenv.loops.train_step import EagerStep, TrainStep
@@ -49,6 +50,7 @@ from mlenv.loops.weight_average import WeightAverage
 from mlenv.modules import ENGINES, NumericNormalization, Objective, gate_gauges
 from mlenv.modules.distillation import Teach
 from mlenv.page import write_whole
+from mlenv.profile_page import PROFILE_PAGE, limit_of, render_profile
 from mlenv.schema import Schema
 from mlenv.teacher import Teacher, teacher_of
 from mlenv.tracking import MlflowTracker, run_tags
@@ -67,7 +69,7 @@ NAMED_FACTS = 25
 _MAY_CHANGE = (
     *("name", "output", "tracking.", "checks.", "calibration.", "data.path", "data.test", "data.workers.", "launch."),
     *("loop.log_every_steps", "loop.checkpoint_every_steps", "loop.keep_checkpoints", "loop.stop_after_evaluations", "loop.device"),
-    *("loop.compile", "loop.read_ahead", "loop.peak_tflops"),
+    *("loop.compile", "loop.read_ahead", "loop.peak_tflops", "loop.profile_steps"),
     *("loop.on_bad_loss", "loop.max_loss", "loop.max_skipped_steps", "loop.hang_timeout_seconds"),
     "data.content_hash",
 )
@@ -114,6 +116,7 @@ class Experiment:
         self._sees_every_loss = sees_loss_for_free(self.fabric.device) if sees_every_loss is None else sees_every_loss
         self._sources: dict[Split, ParquetSource] = {}
         self._loaded: Path | None = None
+        self._profiled: ProfiledStep | None = None
 
     @cached_property
     def model(self) -> nn.Module:
@@ -187,6 +190,12 @@ class Experiment:
         reads_ahead = self.config.loop.read_ahead
         if reads_ahead or (reads_ahead is None and self.fabric.device.type == "cuda"):
             step = ReadAheadStep(step, self.model, self.objective, self.fabric.device, filler, self.total_steps, accumulated)
+        if looked_at := self.config.loop.profile_steps:
+            if self.total_steps < WARM_UP_STEPS + looked_at:
+                expected = f"at most {max(self.total_steps - WARM_UP_STEPS, 0)}, so that the training is long enough"
+                raise ConfigError("loop.profile_steps", expected=expected, received=looked_at)
+            self._profiled = ProfiledStep(step, looked_at, self.fabric.device, self.output / PROFILE_FOLDER, self._keep_profile)
+            step = self._profiled
         peak = peak_tflops(self.fabric.device, self.config.loop.precision, self.config.loop.peak_tflops)
         return StepMeter(step, self.model, self.fabric.device, filler, peak)
 
@@ -360,6 +369,8 @@ class Experiment:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._signals.__exit__(kind, error, trace)
+        if self._profiled is not None:
+            self._profiled.close()
         if "run" in self.__dict__:
             self.run.close()
         for source in self._sources.values():
@@ -413,6 +424,12 @@ class Experiment:
         except OSError as error:
             return f"{statistics.origin}; the step could not be kept in {folder} ({error})"
         return f"{statistics.origin}; kept in {folder}, for mlenv.replay"
+
+    def _keep_profile(self, profile: StepProfile) -> None:
+        folder = self.output / PROFILE_FOLDER
+        write_whole(render_profile(profile, self.config.name), folder / PROFILE_PAGE)
+        self.keep(folder)
+        logger.info("%s: %s", folder / PROFILE_PAGE, limit_of(profile))
 
     def _gauges(self) -> dict[str, float]:
         return {**self.objective.gauges(), **gate_gauges(self.model), **self.step.gauges()}

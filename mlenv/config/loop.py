@@ -89,6 +89,8 @@ class LoopConfig:
     read_ahead: bool | None = None
     """Whether batches are sent to the device, and their ids to the processes that hold the rows, while the step before computes; null
     does so on a GPU. The numbers are the same."""
+    profile_steps: int = 0
+    """Steps of which a trace and a page about them are written to the output folder, after ten that are not looked at; 0 for none."""
     peak_tflops: float | None = None
     """Of the device at best, for ``train/model_flops_utilization``; null takes that of well-known GPUs."""
     on_bad_loss: Literal["stop", "skip"] = "stop"
@@ -114,6 +116,7 @@ class LoopConfig:
             ("keep_checkpoints", 1),
             ("max_skipped_steps", 0),
             ("hang_timeout_seconds", 0),
+            ("profile_steps", 0),
         ):
             check_at_least(name, getattr(self, name), least)
         if not 0 <= self.ema_decay < 1:
