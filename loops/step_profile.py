@@ -130,7 +130,7 @@ def profile_of(events: Any, device: torch.device, num_steps: int, seconds: float
     """Sums up what the profiler saw."""
     is_gpu = device.type == "cuda"
     operators, communication = [], 0.0
-    for event in events:
+    for event in (event for event in events if not event.is_user_annotation):  # spans of Python, with operators in them
         on_host, on_device = event.self_cpu_time_total / 1e6, getattr(event, "self_device_time_total", 0.0) / 1e6
         if event.key.lower().startswith(_COMMUNICATION):
             communication += on_device if is_gpu else on_host
