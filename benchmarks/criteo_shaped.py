@@ -27,14 +27,18 @@ def schema_of(num_embeddings: int) -> Schema:
 def write_set(folder: Path, num_rows: int, num_embeddings: int, row_group_rows: int = 65_536, seed: int = 0) -> None:
     """Writes one Parquet file.
 
-    Ids are zipf-distributed over the table, spread by a permutation, so that the frequent rows are not neighbours.
+    Ids are zipf-distributed over the table, spread by a permutation, so that the frequent rows are not neighbours. The label follows
+    from effects of single ids, of products of two ids' effects and of two numbers: something that a model can learn.
     """
     generator = np.random.default_rng(seed)
-    columns = {}
+    columns, effects = {}, []
     for number in range(NUM_CATEGORICAL):
         ranks = np.minimum(generator.zipf(1.1, num_rows) - 1, 2**62) % num_embeddings
         columns[f"C{number}"] = generator.permutation(num_embeddings)[ranks]
+        effects.append(generator.normal(size=num_embeddings)[ranks])
     columns |= {f"I{number}": generator.normal(size=num_rows).astype(np.float32) for number in range(NUM_NUMERIC)}
     columns["row"] = np.arange(num_rows)
-    columns["click"] = (generator.random(num_rows) < 0.25).astype(np.int8)
+    alone, products = np.sum(effects[:8], axis=0), sum(effects[place] * effects[place + 1] for place in range(8, 16, 2))
+    logits = -1.4 + 0.25 * alone + 0.25 * products + 0.3 * columns["I0"] + 0.3 * columns["I1"] * columns["I2"]
+    columns["click"] = (generator.random(num_rows) < 1 / (1 + np.exp(-logits))).astype(np.int8)
     pq.write_table(pa.table(columns), folder / "part-00000.parquet", row_group_size=row_group_rows)

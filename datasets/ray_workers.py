@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import logging
-import os
-import re
-import signal
-import socket
-import threading
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
+from mlenv.datasets.ray_cluster import check_address, connect
 from mlenv.datasets.workers import in_order
-from mlenv.errors import ConfigError, TrainingError, check_at_least, require
+from mlenv.errors import TrainingError, check_at_least, require
 
 if TYPE_CHECKING:
     from ray import ObjectRef
@@ -27,9 +23,6 @@ _Result = TypeVar("_Result")
 
 MAX_RETRIES: Final = 3
 """Times that a task runs again after its process or its node died. More often, and the task itself is what kills them."""
-
-TIMEOUT_SECONDS: Final = 10
-"""Longest wait for a cluster to answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +39,11 @@ class RayConfig:
     def __post_init__(self) -> None:
         for name in ("num_workers", "cpus_per_task"):
             check_at_least(name, getattr(self, name), 1)
-        if not re.fullmatch(r"(auto|[^\s/:]+:\d+)?", self.address):
-            raise ConfigError("address", expected="auto, host:port, or empty to start a cluster", received=self.address)
+        check_address(self.address)
+
+    @property
+    def local_threads(self) -> int:
+        return 0
 
     def build(self) -> RayWorkers:
         return RayWorkers(self)
@@ -71,10 +67,11 @@ class RayWorkers:
             ConfigError: no cluster answers at the address.
             TrainingError: a task's process died time and again, or what it made was lost.
         """
-        ray = self._connect()
-        task = ray.remote(num_cpus=self._config.cpus_per_task, max_retries=MAX_RETRIES)(_apply)
+        ray = self.connect()
+        task = ray.remote(num_cpus=self._config.cpus_per_task, max_retries=0)(_apply)  # begun again below, where it is said
         stored = [ray.put(function)]  # in a list, or Ray would unpack it anew for every task
-        yield from in_order(items, self._config.num_workers, partial(task.remote, stored), _wait, _cancel)
+        begin = partial(task.remote, stored)
+        yield from in_order(items, self._config.num_workers, lambda item: _Task(partial(begin, item)), _wait, _cancel)
 
     def close(self) -> None:
         """Leaves a cluster that was joined, ends one that was started."""
@@ -82,30 +79,18 @@ class RayWorkers:
             require("ray", extra="ray").shutdown()
             self._has_connected = False
 
-    def _connect(self) -> ModuleType:
+    def connect(self, key: str = "data.workers.address") -> ModuleType:
+        """Ray, connected; ``close`` ends that.
+
+        Args:
+            key: where the config has the address.
+        """
         ray = require("ray", extra="ray")
         if ray.is_initialized():
             return ray
-        address = self._config.address
-        own: dict[str, Any] = {}
-        if not address:
-            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-            own = {"num_cpus": self._config.num_workers * self._config.cpus_per_task, "include_dashboard": False}
-        try:
-            if ":" in address:  # where nobody listens, Ray would go on asking for minutes
-                host, port = address.split(":")
-                socket.create_connection((host, int(port)), TIMEOUT_SECONDS).close()
-            handler = signal.getsignal(signal.SIGTERM)
-            ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **own)
-            if callable(handler) and threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGTERM, handler)  # Ray's own, put in its place, ends a training in the middle of a step
-        except (OSError, OverflowError, RuntimeError, ValueError, ray.exceptions.RayError) as error:  # OverflowError: no such port
-            fix = "start one with 'ray start --head', or leave address empty"
-            raise ConfigError(
-                "data.workers.address", expected="a Ray cluster that answers", received=f"{address} ({error})", fix=fix
-            ) from error
+        num_cpus = self._config.num_workers * self._config.cpus_per_task
+        connect(self._config.address, key, num_cpus=num_cpus)
         self._has_connected = True
-        logger.info("%s a Ray cluster with %d CPUs", "joined" if address else "started", ray.cluster_resources().get("CPU", 0))
         return ray
 
 
@@ -122,23 +107,36 @@ def _function(stored: ObjectRef[Any]) -> Any:
     return ray.get(stored)
 
 
-def _wait(pending: ObjectRef[_Result]) -> _Result:
+class _Task:
+    """An item under way on the cluster."""
+
+    def __init__(self, begin: Callable[[], ObjectRef[Any]]) -> None:
+        self.begin, self.pending = begin, begin()
+
+
+def _wait(task: _Task) -> Any:
     import ray
 
-    try:
-        return ray.get(pending)
-    except ray.exceptions.RayTaskError as error:  # what the function raised
-        raise error.cause from error
-    except ray.exceptions.RayError as error:
-        fix = "lower data.shuffle_rows if memory ran out, and run the same command again: it goes on from the last checkpoint"
-        raise TrainingError(f"data.workers: rows were lost on the Ray cluster: {_first_line(error)} Fix: {fix}.") from error
+    deaths = 0
+    while True:
+        try:
+            return ray.get(task.pending)
+        except ray.exceptions.RayTaskError as error:  # what the function raised
+            raise error.cause from error
+        except ray.exceptions.RayError as error:
+            deaths += 1
+            if deaths > MAX_RETRIES:
+                fix = "lower data.shuffle_rows if memory ran out, and run the same command again: it goes on from the last checkpoint"
+                raise TrainingError(f"data.workers: rows were lost on the Ray cluster: {_first_line(error)} Fix: {fix}.") from error
+            logger.warning("data.workers: %s; its rows are read again", type(error).__name__)
+            task.pending = task.begin()
 
 
-def _cancel(pending: ObjectRef[Any]) -> None:
+def _cancel(task: _Task) -> None:
     import ray
 
     if ray.is_initialized():  # otherwise cancelling would start a cluster
-        ray.cancel(pending)
+        ray.cancel(task.pending)
 
 
 def _first_line(error: BaseException) -> str:

@@ -26,6 +26,10 @@ class ThreadsConfig:
     def __post_init__(self) -> None:
         check_at_least("num_threads", self.num_threads, 1)
 
+    @property
+    def local_threads(self) -> int:
+        return self.num_threads
+
     def build(self) -> ThreadWorkers:
         return ThreadWorkers(self)
 

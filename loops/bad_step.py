@@ -48,7 +48,7 @@ def save_bad_step(
     try:
         save_batch(batch, folder / f"batch-rank{rank()}.safetensors")
         (folder / f"statistics-rank{rank()}.json").write_text(statistics.to_json())
-        save_checkpoint(folder, step, tensors, documents, keep=1)  # last: without it there is no bad step to run again
+        save_checkpoint(folder, step, tensors, documents)  # last: without it there is no bad step to run again
     except OSError:
         shutil.rmtree(folder, ignore_errors=True)  # on a full disk a part of it helps nobody
         raise

@@ -12,20 +12,26 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed
 import xxhash
+from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
 
 from mlenv.errors import CheckpointError
-from mlenv.loops.ranks import any_rank, is_main, wait_for_all
+from mlenv.loops.ranks import any_rank, is_main, rank, wait_for_all, world_size
+from mlenv.loops.safetensors_writer import write_shards
 
 logger = logging.getLogger(__name__)
 
@@ -34,57 +40,106 @@ _PREFIX = "step-"
 _NAME = re.compile(_PREFIX + r"\d{8}")
 
 
-def save_checkpoint(folder: Path, step: int, tensors: Mapping[str, Any], documents: Mapping[str, str], keep: int) -> Path:
-    """Writes ``folder/step-NNNNNNNN`` and removes all but the newest ``keep``; 0 keeps all.
+@dataclass(frozen=True, kw_only=True)
+class Retention:
+    """Which checkpoints of a folder stay."""
+
+    newest: int = 0
+    """So many of the newest; 0 keeps all."""
+    every_steps: int = 0
+    """Those at a multiple of so many steps stay too; 0 keeps none of them."""
+
+    def outdated(self, names: Iterable[str]) -> list[str]:
+        """Names of checkpoints that need not stay, of all those that are there."""
+        older = sorted(names)[: -self.newest]
+        return [name for name in older if not self.every_steps or step_of(name) % self.every_steps]
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    tensors: Mapping[str, Any],
+    documents: Mapping[str, str],
+    retention: Retention = Retention(),
+    group: ProcessGroup | None = None,
+) -> Path:
+    """Writes ``folder/step-NNNNNNNN`` and removes what need not stay.
 
     Args:
         tensors: by name; plain tensors or sharded ones.
         documents: text files by name; those of rank 0 are written. All ranks call this, and return when the checkpoint is there.
+        group: in which the ranks talk about it, where it is not written in the main thread.
     """
-    final = folder / f"{_PREFIX}{step:08d}"
-    temporary = folder / f".{final.name}.part"
-    if is_main():
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    wait_for_all()
-    failure: OSError | None = None
-    try:
-        _write_tensors(temporary, tensors)
+
+    def fill(temporary: Path) -> None:
+        _write_tensors(temporary, tensors, group)
         if is_main():
             _complete(temporary, documents)
-    except OSError as error:
-        failure = error
+
+    return _place(folder, checkpoint_name(step), fill, retention, group)
+
+
+def link_checkpoint(checkpoint: Path, folder: Path, retention: Retention = Retention(), group: ProcessGroup | None = None) -> Path:
+    """Puts a checkpoint into another folder as well, as further names of the same files where the disk has them."""
+
+    def fill(temporary: Path) -> None:
+        if is_main():
+            for file in checkpoint.iterdir():
+                try:
+                    os.link(file, temporary / file.name)
+                except OSError:
+                    shutil.copyfile(file, temporary / file.name)
+                    _sync(temporary / file.name)
+            _sync(temporary)
+
+    return _place(folder, checkpoint.name, fill, retention, group)
+
+
+def _place(folder: Path, name: str, fill: Callable[[Path], None], retention: Retention, group: ProcessGroup | None) -> Path:
+    """Has a folder filled under another name, and gives it its own when all ranks are done and nothing has failed."""
+    final, temporary = folder / name, folder / f".{name}.part"
+
+    def begin() -> None:
+        if is_main():
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+
+    try:
+        for part in (begin, partial(fill, temporary)):
+            together(part, group)
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    if any_rank(failure is not None):
         shutil.rmtree(temporary, ignore_errors=True)  # on a full disk it would be in the way of the next try
-        raise failure or OSError("another process could not write its part")
+        raise
     if is_main():
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
         _sync(folder)
-        for old in list_checkpoints(folder)[:-keep]:
-            shutil.rmtree(old)
-    wait_for_all()
+        for old in retention.outdated(path.name for path in list_checkpoints(folder)):
+            shutil.rmtree(folder / old)
+    wait_for_all(group)
     return final
 
 
-def _write_tensors(folder: Path, tensors: Mapping[str, Any]) -> None:
-    """Each rank its own shards, and of what all have alike a part; all return when all have written."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch warns of its own single-process mode
-        try:
-            save(
-                dict(tensors),
-                storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True),
-                no_dist=not torch.distributed.is_initialized(),
-            )
-        except CheckpointException as error:
-            causes = {rank: failure for rank, (failure, _) in error.failures.items()}
-            if all(isinstance(failure, OSError) for failure in causes.values()):
-                raise OSError("; ".join(f"rank {rank}: {failure}" for rank, failure in causes.items())) from error
-            raise
+def together(part: Callable[[], None], group: ProcessGroup | None) -> None:
+    """Has all ranks do their part, and lets none go on when one of them could not."""
+    failure: OSError | None = None
+    try:
+        part()
+    except OSError as error:
+        failure = error
+    if any_rank(failure is not None, group):
+        raise failure or OSError("another process could not write its part")
+
+
+def _write_tensors(folder: Path, tensors: Mapping[str, Any], group: ProcessGroup | None) -> None:
+    """Each rank its own shards, and of what all have alike a part: all ranks know all plans, and come to the same division."""
+    planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    planner.set_up_planner(dict(tensors), is_coordinator=is_main())
+    plans: list[SavePlan] = [planner.create_local_plan()] * world_size()
+    if world_size() > 1:
+        torch.distributed.all_gather_object(plans, plans[0], group)
+    divided, _ = planner.create_global_plan(plans)
+    write_shards(folder, rank() + 1, planner.finish_plan(divided[rank()]), planner)
 
 
 def _complete(folder: Path, documents: Mapping[str, str]) -> None:
@@ -115,6 +170,12 @@ def read_document(checkpoint: Path, name: str) -> str | None:
     return (checkpoint / name).read_text() if name in named else None
 
 
+def stored_shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of all tensors of a checkpoint, by name."""
+    stored = HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
+    return {name: tuple(tensor.size) for name, tensor in stored.items() if isinstance(tensor, TensorStorageMetadata)}
+
+
 def load_tensors(checkpoint: Path, tensors: Mapping[str, Any]) -> None:
     """Reads a verified checkpoint into tensors that exist already.
 
@@ -139,9 +200,24 @@ def load_tensors(checkpoint: Path, tensors: Mapping[str, Any]) -> None:
         raise CheckpointError(str(checkpoint), expected="tensors that load", received=" ".join(str(error).split())[:300]) from error
 
 
+def checkpoint_name(step: int) -> str:
+    """``step-NNNNNNNN``."""
+    return f"{_PREFIX}{step:08d}"
+
+
+def step_of(name: str) -> int:
+    """The step of ``step-NNNNNNNN``."""
+    return int(name.removeprefix(_PREFIX))
+
+
+def is_checkpoint_name(name: str) -> bool:
+    """Whether it reads ``step-NNNNNNNN``."""
+    return _NAME.fullmatch(name) is not None
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
     """Finished checkpoints, oldest first."""
-    return sorted(path for path in folder.glob(f"{_PREFIX}*") if path.is_dir() and _NAME.fullmatch(path.name))
+    return sorted(path for path in folder.glob(f"{_PREFIX}*") if path.is_dir() and is_checkpoint_name(path.name))
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

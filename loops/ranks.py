@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from mlenv.batch import Batch
 
@@ -67,10 +68,16 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def wait_for_all() -> None:
+def own_group() -> ProcessGroup | None:
+    """A group of all processes for what a second thread does: in the group of the training its messages would be mixed with those of the
+    steps. All ranks ask for it at the same point; None where there is no process group."""
+    return torch.distributed.new_group(backend="gloo") if torch.distributed.is_initialized() else None
+
+
+def wait_for_all(group: ProcessGroup | None = None) -> None:
     """Returns once every process has come here."""
     if world_size() > 1:
-        torch.distributed.barrier()
+        torch.distributed.barrier(group)
 
 
 def from_main(text: str) -> str:
@@ -82,19 +89,19 @@ def from_main(text: str) -> str:
     return str(told[0])
 
 
-def all_ranks(numbers: tuple[int, ...]) -> list[tuple[int, ...]]:
+def all_ranks(numbers: tuple[int, ...], group: ProcessGroup | None = None) -> list[tuple[int, ...]]:
     """These numbers of every rank, in the order of the ranks."""
     if world_size() == 1:
         return [numbers]
-    own = torch.tensor(numbers, device=_device())
+    own = torch.tensor(numbers, device=_device(group))
     gathered = [torch.empty_like(own) for _ in range(world_size())]
-    torch.distributed.all_gather(gathered, own)
+    torch.distributed.all_gather(gathered, own, group)
     return [tuple(of_rank.tolist()) for of_rank in gathered]
 
 
-def any_rank(fact: bool) -> bool:
+def any_rank(fact: bool, group: ProcessGroup | None = None) -> bool:
     """Whether something is so on any rank; all ranks must ask at the same point."""
-    return any(told for (told,) in all_ranks((int(fact),)))
+    return any(told for (told,) in all_ranks((int(fact),), group))
 
 
 def summed(tensor: Tensor) -> Tensor:
@@ -146,5 +153,5 @@ def _part(num_rows: int) -> int:
     return -(-num_rows // world_size())
 
 
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.distributed.get_backend() == "nccl" else "cpu")
+def _device(group: ProcessGroup | None = None) -> torch.device:
+    return torch.device("cuda" if torch.distributed.get_backend(group) == "nccl" else "cpu")

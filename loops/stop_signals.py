@@ -12,6 +12,14 @@ from mlenv.errors import StoppedError
 STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGUSR1)
 """SIGTERM comes from Kubernetes, from Slurm and from ``kill``; SIGUSR1 from Slurm, when told to, before a job's time is over."""
 
+_forwarded = ""
+
+
+def forward(name: str) -> None:
+    """Notes a signal for this process that came to another one, which speaks for it: to the launcher of a worker on a cluster."""
+    global _forwarded
+    _forwarded = name
+
 
 class StopSignals:
     """Ends a process that is asked to end, as Ctrl-C would: StoppedError is raised wherever the program is.
@@ -21,8 +29,7 @@ class StopSignals:
     """
 
     def __init__(self) -> None:
-        self.received = ""
-        """Name of the last signal that came."""
+        self._received = ""
         self._is_held = False
         self._before: dict[signal.Signals, Any] = {}
 
@@ -36,6 +43,15 @@ class StopSignals:
             signal.signal(number, handler)
         self._before = {}
 
+    @property
+    def received(self) -> str:
+        """Name of the last signal that came; empty for none."""
+        return self._received or _forwarded
+
+    @received.setter
+    def received(self, name: str) -> None:
+        self._received = name
+
     def hold(self) -> None:
         """Notes signals from now on, and lets the program go on."""
         self._is_held = True
@@ -45,6 +61,6 @@ class StopSignals:
         self._is_held = False
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.received = signal.Signals(number).name
+        self._received = signal.Signals(number).name
         if not self._is_held:
-            raise StoppedError(self.received)
+            raise StoppedError(self._received)

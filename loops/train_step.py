@@ -8,7 +8,6 @@ from itertools import islice
 from typing import TYPE_CHECKING, Protocol
 
 import torch
-from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 from mlenv.batch import Batch, Position
@@ -19,6 +18,8 @@ from mlenv.loops.weight_average import WeightAverage
 from mlenv.modules.objective import Losses, Objective
 
 if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
     from mlenv.loops.fit import Progress
 
 
@@ -87,7 +88,8 @@ class EagerStep:
             if progress.step >= self._shares.num_steps:
                 return None
             group = [replace(self._filler, position=progress.position)]
-        self._model.train()
+        if not self._model.training:  # setting it walks through all modules, which a small model would feel at every step
+            self._model.train()
         if self._rates is not None:
             self._rates.follow(progress)
         output = self._gradients(group, num_examples)

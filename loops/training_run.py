@@ -8,19 +8,32 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from tqdm import tqdm
 
 from mlenv.batch import Position
 from mlenv.config import CONFIG_FILE, MONITORS
 from mlenv.errors import CheckpointError, StoppedError, TrainingError
-from mlenv.loops.checkpoint import list_checkpoints, load_tensors, newest_checkpoint, save_checkpoint
+from mlenv.loops.checkpoint import (
+    Retention,
+    checkpoint_name,
+    link_checkpoint,
+    list_checkpoints,
+    load_tensors,
+    newest_checkpoint,
+    save_checkpoint,
+    together,
+)
+from mlenv.loops.checkpoint_store import CheckpointStore, StoreError
+from mlenv.loops.checkpoint_writer import CheckpointWriter, Outcome
 from mlenv.loops.fit import Progress
 from mlenv.loops.journal import JOURNAL_FILE, Journal, SilentJournal
 from mlenv.loops.ranks import all_ranks, any_rank, from_main, is_main, rank, summed, world_size
@@ -44,7 +57,8 @@ class RunOptions:
     terms: tuple[str, ...]
     """Names of the terms of the objective, such as ``click/loss``."""
     log_every_steps: int
-    keep_checkpoints: int
+    retention: Retention
+    """Of the checkpoints that a training goes on from; the best models that those know of stay with them."""
     monitor: str
     """``task/metric`` that the best model is chosen by; empty chooses none."""
     total_steps: int
@@ -75,6 +89,8 @@ class TrainingRun:
         validate: measures the model on held-out rows: ``task/metric`` to value.
         gauges: what else to record of the training, by name; asked for when the losses are recorded.
         signals: those that ask the process to end; held while steps are trained.
+        store: where checkpoints are copied to; None for nowhere.
+        on_evaluation: is told of the step and the metrics of every evaluation before the last step; what it raises ends the training.
     """
 
     def __init__(
@@ -89,12 +105,17 @@ class TrainingRun:
         validate: Callable[[], Mapping[str, float]],
         gauges: Callable[[], Mapping[str, float]],
         signals: StopSignals,
+        store: CheckpointStore | None = None,
+        on_evaluation: Callable[[int, Mapping[str, float]], None] | None = None,
     ) -> None:
         self.journal: Journal | SilentJournal = Journal(output / JOURNAL_FILE) if is_main() else SilentJournal()
         self._checkpoints, self._best, self._options = output / CHECKPOINT_FOLDER, output / BEST_FOLDER, options
         self._state, self._begin, self._check, self._started = state, begin, check, started
-        self._validate, self._gauges, self._signals = validate, gauges, signals
-        self._saved_step, self._is_disk_full = 0, False
+        self._validate, self._gauges, self._signals, self._store = validate, gauges, signals, store
+        self._saved_step, self._is_disk_full, self._is_uncopied = 0, False, False
+        self._writer = CheckpointWriter()
+        self._newest_best: Progress | None = None
+        self._on_evaluation = on_evaluation
         timeout = options.hang_timeout_seconds
         self._watchdog = Watchdog(output, timeout) if timeout else None
         # What was seen since the last record; part of the checkpoint, so that a resumed run logs the same numbers.
@@ -109,7 +130,7 @@ class TrainingRun:
         Raises:
             CheckpointError: the checkpoint belongs to another config or to other data, or all checkpoints are damaged.
         """
-        found = from_main(str((is_main() and newest_checkpoint(self._checkpoints)) or ""))  # only rank 0 reads all to verify it
+        found = from_main(str((is_main() and self._newest()) or ""))  # only rank 0 reads all to verify it
         checkpoint = Path(found) if found else None
         if checkpoint is None:
             self._begin()
@@ -152,6 +173,7 @@ class TrainingRun:
             self._largest = torch.maximum(self._largest.to(output.losses.device), output.losses.max())
         if progress.step % self._options.log_every_steps == 0:
             self._record(progress)
+            self._writer.look()
         if self._bar is not None:
             self._bar.update()
         if self._watchdog is not None:
@@ -161,7 +183,7 @@ class TrainingRun:
         """Writes the metrics of the validation window, and keeps the model when its monitor is the best so far.
 
         Raises:
-            TrainingError: the monitor is no number, or the best model cannot be written: a later one cannot take its place.
+            TrainingError: the monitor is no number, or the best model before cannot be written: this one cannot take its place.
         """
         started = time.perf_counter()
         metrics, monitor = self._validate(), self._options.monitor
@@ -172,78 +194,177 @@ class TrainingRun:
                 raise TrainingError(f"step {progress.step}: validation/{monitor} is {metrics[monitor]}. Fix: {fix}.")
             progress = progress.judged(metrics[monitor], MONITORS[monitor.rpartition("/")[2]])
             if progress.stale_evaluations == 0:
-                try:
-                    self._write(self._best, progress, keep=0)
-                except OSError as error:
-                    raise _unwritten("best model", progress, error) from error
+                self._write(self._best, progress, Retention(), partial(self._best_is_written, progress))
+        if self._on_evaluation is not None and progress.step < self._options.total_steps:
+            self._on_evaluation(progress.step, metrics)
         self._seconds += time.perf_counter() - started
         return progress
 
     def save(self, progress: Progress) -> None:
-        """Writes a checkpoint. A full disk costs the checkpoint, not the training: the ones before it stay."""
-        try:
-            self._save(progress)
-        except OSError as error:
-            if not self._is_disk_full:
-                logger.warning(
-                    "step %d: the checkpoint cannot be written (%s). The training goes on; a kill would take it back to step %d.",
-                    progress.step,
-                    error,
-                    self._saved_step,
-                )
-            self._is_disk_full = True
+        """Writes a checkpoint while the training goes on. A full disk costs the checkpoint, not the training: the ones before it stay.
+
+        Raises:
+            TrainingError: the best model before cannot be written.
+        """
+        self._save(progress, partial(self._checkpoint_is_written, progress))
+
+    @property
+    def is_written(self) -> bool:
+        """Whether this process is writing nothing at the moment."""
+        return self._writer.is_idle
+
+    def wait(self) -> None:
+        """Returns when nothing is being written any more.
+
+        Raises:
+            TrainingError: the best model cannot be written: a later one cannot take its place.
+        """
+        self._writer.wait()
 
     def finish(self, progress: Progress) -> None:
         """Writes the last checkpoint, unless it is there.
 
         Raises:
             StoppedError: the process was asked to end.
-            TrainingError: the checkpoint cannot be written.
+            TrainingError: the checkpoint cannot be written or copied.
         """
+        self.wait()
         if progress.step > self._saved_step:
-            try:
-                self._save(progress)
-            except OSError as error:
-                raise _unwritten("last checkpoint", progress, error) from error
+            self._save(progress, partial(self._last_is_written, progress))
+            self.wait()
+        self.copy()
         if self._watchdog is not None:
             self._watchdog.close()
         self._signals.release()
         if any_rank(bool(self._signals.received)):
             raise StoppedError(f"{self._signals.received or 'a signal to another process'} after step {progress.step}")
 
-    def _save(self, progress: Progress) -> None:
-        """Writes a checkpoint. What was logged before it is on the disk first."""
-        self._write(self._checkpoints, progress, keep=self._options.keep_checkpoints)
-        self._saved_step, self._is_disk_full = progress.step, False
+    def _save(self, progress: Progress, outcome: Outcome) -> None:
+        self._write(self._checkpoints, progress, self._options.retention, outcome)
 
-    def _write(self, folder: Path, progress: Progress, keep: int) -> None:
+    def _write(self, folder: Path, progress: Progress, retention: Retention, outcome: Outcome) -> None:
+        """Copies all that belongs in a checkpoint, and has it written. What was logged before it is on the disk first."""
         self._check_finite(progress, summed(self._sums["losses"]))
-        self.journal.sync()
-        tensors = {**self._state(), **random_tensors(), **self._own_sums()}
-        record = dataclasses.asdict(progress) | {"position": all_ranks(dataclasses.astuple(progress.position))}
-        documents = {
-            PROGRESS: json.dumps(record | {"fingerprints": dict(self._options.fingerprints)}, indent=2),
-            CONFIG: self._options.config,
-        }
-        save_checkpoint(folder, progress.step, tensors, documents, keep)
-        if is_main():
-            self._prune_best()
+        unwritten: OSError | None = None
+        try:
+            self.journal.sync()
+        except OSError as error:
+            unwritten = error
+        if any_rank(unwritten is not None):
+            self.wait()
+            outcome(unwritten or OSError("the journal cannot be written"))
+            return
+        if folder != self._best and self._newest_best == progress:  # the files of the best model are those of the checkpoint
+            write = partial(link_checkpoint, self._best / checkpoint_name(progress.step), folder, retention)
+        else:
+            self.wait()
+            tensors = self._writer.copied({**self._state(), **random_tensors(), **self._own_sums()})
+            record = dataclasses.asdict(progress) | {"position": all_ranks(dataclasses.astuple(progress.position))}
+            documents = {
+                PROGRESS: json.dumps(record | {"fingerprints": dict(self._options.fingerprints)}, indent=2),
+                CONFIG: self._options.config,
+            }
+            write = partial(save_checkpoint, folder, progress.step, tensors, documents, retention)
+            self._newest_best = progress if folder == self._best else self._newest_best
+
+        def write_and_prune(group: ProcessGroup | None) -> None:
+            write(group)
+            if is_main():
+                for name in outdated_best(*map(_names, (self._best, self._checkpoints))):
+                    shutil.rmtree(self._best / name)
+            self._copy(group)
+
+        self._writer.begin(write_and_prune, outcome)
+
+    def _checkpoint_is_written(self, progress: Progress, failure: OSError | None) -> None:
+        if failure is None or isinstance(failure, StoreError):
+            self._saved_step, self._is_disk_full = progress.step, False
+            self._tell_uncopied(progress, failure)
+        elif not self._is_disk_full:
+            logger.warning(
+                "step %d: the checkpoint cannot be written (%s). The training goes on; a kill would take it back to step %d.",
+                progress.step,
+                failure,
+                self._saved_step,
+            )
+            self._is_disk_full = True
+
+    def _best_is_written(self, progress: Progress, failure: OSError | None) -> None:
+        if failure is None or isinstance(failure, StoreError):
+            self._tell_uncopied(progress, failure)
+        else:
+            self._newest_best = None
+            raise _unwritten("best model", progress, failure) from failure
+
+    def _tell_uncopied(self, progress: Progress, failure: StoreError | None) -> None:
+        if failure is not None and not self._is_uncopied:
+            logger.warning(
+                "step %d: the checkpoint cannot be copied (%s). It is on the disk; the next one brings it along.", progress.step, failure
+            )
+        self._is_uncopied = failure is not None
+
+    def _last_is_written(self, progress: Progress, failure: OSError | None) -> None:
+        if failure is not None and not isinstance(failure, StoreError):
+            raise _unwritten("last checkpoint", progress, failure) from failure
+        self._saved_step = progress.step
 
     def _own_sums(self) -> dict[str, Tensor]:
         return {of_rank(f"run.{name}"): sums.cpu() for name, sums in self._sums.items()}
 
-    def _prune_best(self) -> None:
-        """Leaves the best model of all, and the best one as of each checkpoint that a killed training may go on from."""
-        best = list_checkpoints(self._best)
-        starts = list_checkpoints(self._checkpoints)
-        needed = {max((path for path in best if path.name <= start.name), default=None) for start in starts}
-        for path in (path for path in best[:-1] if path not in needed):
-            shutil.rmtree(path)
+    def copy(self) -> None:
+        """Has the same checkpoints at the URL as on the disk, documents that were added to one too.
+
+        Raises:
+            TrainingError: that cannot be.
+        """
+        try:
+            self._copy(None)
+        except StoreError as error:
+            fix = "see to the connection and to the rights there; the same command copies what is missing"
+            raise TrainingError(f"the checkpoints cannot be copied ({error}). Fix: {fix}.") from error
+
+    def _copy(self, group: ProcessGroup | None) -> None:
+        if self._store is not None:
+            together(partial(self._copy_to, self._store) if is_main() else lambda: None, group)
+
+    def _copy_to(self, store: CheckpointStore) -> None:
+        for folder in (self._best, self._checkpoints):  # a checkpoint that is there has its best model there
+            store.put(folder)
+        checkpoints = store.names(CHECKPOINT_FOLDER)
+        outdated = self._options.retention.outdated(checkpoints)
+        store.remove(CHECKPOINT_FOLDER, outdated)
+        store.remove(BEST_FOLDER, outdated_best(store.names(BEST_FOLDER), sorted({*checkpoints} - {*outdated})))
+
+    def _newest(self) -> Path | None:
+        """The newest good checkpoint on the disk; from the URL, with its best model, where that has a newer one."""
+        store = self._store
+        if store is None:
+            return newest_checkpoint(self._checkpoints)
+        newest, damage = None, None
+        try:
+            newest = newest_checkpoint(self._checkpoints)
+        except CheckpointError as error:  # all that are here: another one may be whole there
+            damage = error
+        after = "" if newest is None else newest.name
+        newer = [name for name in store.names(CHECKPOINT_FOLDER) if name > after]
+        if newer:
+            self._check(self._checkpoints / newer[-1], store.read(CHECKPOINT_FOLDER, newer[-1], CONFIG))  # before anything is copied
+            try:
+                newest = store.fetch_newest(self._checkpoints, newer)
+            except CheckpointError as error:
+                damage = error
+        if newest is None and damage is not None:
+            raise damage
+        if newest is not None and newest.name > after:
+            store.fetch_newest(self._best, [name for name in store.names(BEST_FOLDER) if name <= newest.name][-1:])
+        return newest
 
     def _forget_best(self, after: str) -> None:
         """Removes the best models of steps that a killed training has lost."""
-        for path in (path for path in list_checkpoints(self._best) if path.name > after):
-            shutil.rmtree(path)
+        for name in (name for name in _names(self._best) if name > after):
+            shutil.rmtree(self._best / name)
+        if self._store is not None:
+            self._store.remove(BEST_FOLDER, [name for name in self._store.names(BEST_FOLDER) if name > after])
 
     def _check_finite(self, progress: Progress, losses: Tensor) -> None:
         """Refuses to write a model whose loss is no number any more: the checkpoints before it are worth more."""
@@ -257,7 +378,8 @@ class TrainingRun:
             raise UnseenLossError(f"step {progress.step}: a loss of {largest:.6g} is above loop.max_loss, {limit:.6g}. Fix: {fix}.")
 
     def close(self) -> None:
-        """Ends the progress bar and the watchdog."""
+        """Waits for what is being written; ends the progress bar and the watchdog."""
+        self._writer.close()
         if self._watchdog is not None:
             self._watchdog.close()
         if self._bar is not None:
@@ -302,6 +424,21 @@ class TrainingRun:
     def _means(losses: Tensor, weights: Tensor) -> list[float]:
         means: list[float] = (losses / weights).tolist()
         return means
+
+
+def outdated_best(best: Sequence[str], starts: Sequence[str]) -> list[str]:
+    """All best models but the best of all, and the best one as of each checkpoint that a killed training may go on from.
+
+    Args:
+        best: names of the best models so far, oldest first.
+        starts: names of the checkpoints.
+    """
+    needed = {max((name for name in best if name <= start), default=None) for start in starts}
+    return [name for name in best[:-1] if name not in needed]
+
+
+def _names(folder: Path) -> list[str]:
+    return [path.name for path in list_checkpoints(folder)]
 
 
 def _unwritten(what: str, progress: Progress, error: OSError) -> TrainingError:

@@ -34,6 +34,10 @@ class WeightAverage:
         decay = min(self._decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(self._averages, self._parameters, 1 - decay)
 
+    def restart(self) -> None:
+        """The average is the weights as they are."""
+        torch._foreach_copy_(self._averages, self._parameters)
+
     def tensors(self) -> dict[str, Tensor]:
         """What belongs in a checkpoint, beside or in place of the model's own tensors."""
         averages = dict(zip(self._names, self._averages, strict=True))

@@ -82,6 +82,12 @@ class _Frame:
         shown = [_text(self.x(tick), self.bottom + 16, text, "middle") for tick, text in zip(ticks, texts, strict=True)]
         return _joined([grid, *shown, _text((self.left + self.right) / 2, self.bottom + 34, label, "middle")])
 
+    def log_axis(self) -> Markup:
+        """The numbers whose logarithms are the places."""
+        shown = [(tick, f"{10**tick:.1e}" if tick < -3 else f"{10**tick:.2g}") for tick in _ticks(self.x_range)]
+        grid = [_line(self.x(tick), self.top, self.x(tick), self.bottom, "grid") for tick, _ in shown]
+        return _joined([*grid, *(_text(self.x(tick), self.bottom + 16, text, "middle") for tick, text in shown)])
+
     def y_axis(self) -> Markup:
         ticks = _ticks(self.y_range)
         grid = [_line(self.left, self.y(tick), self.right, self.y(tick), "grid") for tick in ticks]
@@ -138,6 +144,24 @@ def line_chart(
                 place = x_names[round(x)] if x_names else f"{x_label} {x:,.0f}"
                 shapes.append(_dot(frame.x(x), frame.y(y), entry.css, f"{entry.name}, {place}: {y:.5g}"))
     return Chart(title, _svg(title, frame.bottom + 42, shapes), drawn)
+
+
+def scatter_chart(title: str, series: Sequence[Series], *, is_log: bool = False) -> Chart:
+    """Dots that nothing joins.
+
+    Args:
+        is_log: whether the horizontal places are logarithms to the base of ten; the axis shows the numbers themselves.
+    """
+    points = [point for entry in series for point in _finite(entry.points)]
+    ranges = [_range(places) for places in ([x for x, _ in points], [y for _, y in points])]
+    x_range, y_range = ((low - 0.06 * (high - low), high + 0.06 * (high - low)) for low, high in ranges)
+    frame = _Frame(x_range, y_range, left=62, top=10, right=_WIDTH - 16, bottom=210)
+    axis = frame.log_axis() if is_log else frame.x_axis("")
+    shapes = [axis, frame.y_axis()]
+    for entry in series:
+        for x, y in _finite(entry.points):
+            shapes.append(_dot(frame.x(x), frame.y(y), entry.css, f"{entry.name}, {10**x if is_log else x:.5g}: {y:.5g}"))
+    return Chart(title, _svg(title, frame.bottom + 26, shapes), series)
 
 
 def reliability_chart(title: str, curve: ReliabilityCurve, color: int, before: ReliabilityCurve | None = None) -> Chart:

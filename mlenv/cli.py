@@ -102,6 +102,10 @@ def _parser() -> argparse.ArgumentParser:
             )
             made.add_argument("--out", type=Path, help="folder for validation.json, validation.html and statistics.json")
 
+    made = verb(verbs, "tune", _tune, "Search for better values of a config's keys, in trials on Ray; go on with a search that was killed.")
+    made.add_argument("tuning", type=Path, help="YAML file of the search; settings of it may follow as key=value")
+
+    _add_compare(verbs, verb)
     data = verbs.add_parser(
         "data", help="Make, convert or look up data sets.", description="Make, convert or look up data sets."
     ).add_subparsers(required=True, metavar="VERB")
@@ -141,11 +145,43 @@ def _parser() -> argparse.ArgumentParser:
     made = verb(runs, "send", _send, "Send MLflow what it has not got of a training, because its server was away.")
     made.add_argument("output", type=Path, help="output folder of the training")
 
+    _add_jobs(verbs, verb)
     _add_features(verbs, verb)
     made = verb(verbs, "ui", _ui, "Open MLflow on the runs tracked here.")
     made.add_argument("--uri", default="", help="where the runs are, as in tracking.uri; otherwise where training puts them by default")
     made.add_argument("--port", type=int, default=5000)
     return parser
+
+
+def _add_jobs(verbs: argparse._SubParsersAction[argparse.ArgumentParser], verb: Callable[..., argparse.ArgumentParser]) -> None:
+    """Trainings that a scheduler starts."""
+    text = "Let Kubernetes, Slurm or a Ray cluster start a training."
+    group = verbs.add_parser("job", help=text, description=text).add_subparsers(required=True, metavar="VERB")
+    made = verb(group, "render", _render_job, "Write the job down, for kubectl apply or sbatch.")
+    made.add_argument("config", type=Path, help="YAML file, as the job finds it; settings may follow as key=value")
+    made.add_argument("--kind", choices=["rayjob", "pytorchjob", "slurm"], required=True)
+    made.add_argument("--out", type=Path, required=True, help="file to write")
+    made = verb(group, "submit", _submit_job, "Send this folder to a Ray cluster and start the training there.")
+    made.add_argument("config", type=Path, help="YAML file in this folder; settings may follow as key=value")
+    made.add_argument("--address", required=True, help="of the cluster's dashboard, such as http://HEAD:8265")
+    made.add_argument("--follow", action="store_true", help="print what the job says until it ends; exit code 1 when it fails")
+
+
+def _add_compare(verbs: argparse._SubParsersAction[argparse.ArgumentParser], verb: Callable[..., argparse.ArgumentParser]) -> None:
+    text = "Say whether two models differ by more than their seeds do: train both with several seeds, or take finished runs."
+    made = verb(verbs, "compare", _compare, text)
+    for name in ("first", "second"):
+        made.add_argument(
+            name, help="YAML file, whose settings may follow as key=value; or a folder of finished runs, or a pattern of several"
+        )
+    made.add_argument("--out", type=Path, required=True, help="folder for the trainings, comparison.html and comparison.json")
+    made.add_argument("--seeds", type=int, default=5, help="trainings of each config; more of them may be asked for later")
+    made.add_argument("--metric", action="append", default=[], metavar="TASK/METRIC", help="may be given again; AUC, grouped AUC and NE")
+    made.add_argument("--paired", action="store_true", help="compare trainings of the same seed with each other")
+    made.add_argument("--max-concurrent", type=int, default=2, help="trainings under way at once")
+    made.add_argument("--cpus", type=int, default=1, help="CPUs of a training")
+    made.add_argument("--gpus", type=float, default=0, help="GPUs of a training")
+    made.add_argument("--address", default="", help="Ray cluster to join, auto or host:port; otherwise one is started")
 
 
 def _add_features(verbs: argparse._SubParsersAction[argparse.ArgumentParser], verb: Callable[..., argparse.ArgumentParser]) -> None:
@@ -220,6 +256,43 @@ def _predict(config: ExperimentConfig, options: argparse.Namespace) -> int:
         num_rows = predict(experiment.model, experiment.source("test"), options.out, experiment.calibrators)
     if is_main():
         print(f"{num_rows:,} rows scored with {checkpoint} -> {options.out}")
+    return DONE
+
+
+def _tune(options: argparse.Namespace) -> int:
+    from mlenv.composition import to_yaml
+    from mlenv.tuning import check_search, compose_tuning, tune
+
+    if options.dry_run:
+        config = compose_tuning(options.tuning, options.overrides)
+        check_search(config)
+        print(to_yaml(config), end="")
+        return DONE
+    result = tune(options.tuning, options.overrides)
+    print(f"{len(result.trials)} trials, the best of them {result.best.number}: {result.best.best:.5f}")
+    print("\n".join(f"  {key}: {value}" for key, value in result.best.values.items()))
+    print(f"config   {result.config}")
+    print(f"page     {result.page}")
+    if result.tracked_as:
+        print(f"MLflow   {result.tracked_as} (mlenv ui)")
+    return DONE
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from mlenv.comparison import check_comparison, compare
+    from mlenv.config import ResourcesConfig
+
+    wanted = {"out": options.out, "num_seeds": options.seeds, "metrics": options.metric}
+    resources = ResourcesConfig(max_concurrent=options.max_concurrent, cpus=options.cpus, gpus=options.gpus, address=options.address)
+    if options.dry_run:
+        check_comparison(options.first, options.second, options.overrides, **wanted)
+        print(f"would compare {options.first} and {options.second} in {options.out}")
+        return DONE
+    result = compare(options.first, options.second, options.overrides, **wanted, is_paired=options.paired, resources=resources)
+    print("\n".join(result.sentences))
+    print(f"page     {result.page}")
+    if result.tracked_as:
+        print(f"MLflow   {result.tracked_as} (mlenv ui)")
     return DONE
 
 
@@ -303,6 +376,35 @@ def _backfill(options: argparse.Namespace) -> int:
     num_rows = backfill(config.data, config.schema, options.out)
     print(f"wrote {num_rows:,} rows to {options.out}")
     return DONE
+
+
+def _render_job(options: argparse.Namespace) -> int:
+    from mlenv.composition import compose
+    from mlenv.job_manifests import render
+    from mlenv.page import write_whole
+
+    config = compose(options.config, options.overrides)
+    text = render(config, options.kind, ["train", str(options.config), *options.overrides])
+    if options.dry_run:
+        print(text, end="")
+        return DONE
+    write_whole(text, options.out)
+    print(f"wrote {options.out}: {'sbatch' if options.kind == 'slurm' else 'kubectl apply -f'} {options.out}")
+    return DONE
+
+
+def _submit_job(options: argparse.Namespace) -> int:
+    from mlenv.composition import compose
+    from mlenv.job_submit import check_job, follow, submit
+
+    config = compose(options.config, options.overrides)
+    check_job(config)
+    if options.dry_run:
+        print(f"would send {os.getcwd()} to {options.address} and train {options.config} there")
+        return DONE
+    job = submit(config, ["train", str(options.config), *options.overrides], options.address)
+    print(job, flush=True)
+    return follow(job, options.address, partial(print, end="", flush=True)) if options.follow else DONE
 
 
 def _send(options: argparse.Namespace) -> int:
@@ -426,14 +528,15 @@ def _with_config(run: Callable[[ExperimentConfig, argparse.Namespace], int], opt
 
 def _in_processes(run: Callable[[ExperimentConfig, argparse.Namespace], int], config: ExperimentConfig, options: argparse.Namespace) -> int:
     """Runs the command here, or in the processes that the config asks for."""
-    if config.launch.num_processes > 1:
-        from mlenv.launch import launch
-        from mlenv.loops.ranks import started_by_launcher
+    from mlenv.loops.ranks import started_by_launcher
 
-        if not started_by_launcher():
-            out = ["--out", str(options.out)] if "out" in options else []
-            return launch(config, [options.verb, str(options.config), *out, *options.overrides])
-    return run(config, options)
+    if not config.launch.starts_processes or started_by_launcher():
+        return run(config, options)
+    from mlenv.config import Command
+
+    out = ["--out", str(options.out)] if "out" in options else []
+    arguments = (options.verb, str(options.config), *out, *options.overrides)
+    return config.launch.run(config, Command(arguments, lambda config: run(config, options)))
 
 
 def _show(config: ExperimentConfig) -> int:

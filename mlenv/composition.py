@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -19,25 +20,43 @@ from mlenv.kinds import KindTable, class_of, kind_of
 
 Node = dict[str, Any]
 
+_KIND = re.compile(r"[A-Za-z_][\w.]*(:[A-Za-z_]\w*)?")
+"""A short name or an import path."""
+
+_DEFAULT_KINDS = {
+    item.name: item.metadata["default_kind"] for item in dataclasses.fields(ExperimentConfig) if "default_kind" in item.metadata
+}
+"""Kinds of the sections that need not name theirs."""
+
 
 def compose(file: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
     """Merges defaults, a YAML file with all it extends, and ``key=value`` overrides into one validated config.
 
-    A later file wins key by key; lists are replaced; ``name: null`` takes an entry out; a changed ``kind`` starts afresh.
+    A later file wins key by key; lists are replaced; ``name: null`` takes an entry out; a changed ``kind`` starts afresh. A bare
+    name stands for its kind: ``optimizer=lion`` for ``optimizer.kind=lion``.
 
     Raises:
         Problems: names every unknown key, wrong value and contradiction at once.
         ConfigError: a file is missing, is not YAML, or extends itself.
     """
-    plain = _merge(_load(Path(file), ()), parse_overrides(overrides))
+    plain = _with_windows(load(file, overrides), str(file))
+    config: ExperimentConfig = from_plain(plain, ExperimentConfig, str(file))
+    check(config)
+    return config
+
+
+def load(file: str | Path, overrides: Sequence[str] = ()) -> Node:
+    """A YAML file with all it extends and ``key=value`` overrides, merged but not yet looked at.
+
+    Raises:
+        ConfigError: a file is missing, is not YAML, or extends itself.
+    """
+    plain = _merge(_load(Path(file), ()), parse_overrides(overrides), _DEFAULT_KINDS)
     try:
         resolved = OmegaConf.to_container(OmegaConf.create(plain), resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(str(file), expected="interpolations that resolve", received=str(error).splitlines()[0]) from error
-    plain = _with_windows(typing.cast(Node, resolved), str(file))
-    config: ExperimentConfig = from_plain(plain, ExperimentConfig, str(file))
-    check(config)
-    return config
+    return typing.cast(Node, resolved)
 
 
 def from_plain(plain: Node, cls: type, title: str = "config") -> Any:
@@ -95,12 +114,12 @@ def _load(file: Path, seen: tuple[Path, ...]) -> Node:
         raise ConfigError(f"{file}: extends", expected="a file, or a list of files", received=extends)
     merged: Node = {}
     for base in bases:
-        merged = _merge(merged, _load(file.parent / base, (*seen, file.resolve())))
-    return _merge(merged, typing.cast(Node, loaded))
+        merged = _merge(merged, _load(file.parent / base, (*seen, file.resolve())), _DEFAULT_KINDS)
+    return _merge(merged, typing.cast(Node, loaded), _DEFAULT_KINDS)
 
 
 def parse_overrides(overrides: Sequence[str]) -> Node:
-    """``a.b=1`` as nested mappings.
+    """``a.b=1`` as nested mappings. A word beside keys below its own is a kind: ``launch=ray launch.num_processes=4``, in any order.
 
     Raises:
         ConfigError: a word is no ``key=value``.
@@ -108,8 +127,13 @@ def parse_overrides(overrides: Sequence[str]) -> Node:
     for override in overrides:
         if "=" not in override.lstrip("="):
             raise ConfigError(override, expected="key=value", received=override)
+    keys = [override.partition("=")[0] for override in overrides]
+    words = [
+        f"{key}.kind={value}" if _KIND.fullmatch(value) and any(other.startswith(f"{key}.") for other in keys) else f"{key}={value}"
+        for key, _, value in (override.partition("=") for override in overrides)
+    ]
     try:
-        return typing.cast(Node, OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides))))
+        return typing.cast(Node, OmegaConf.to_container(OmegaConf.from_dotlist(words)))
     except (YAMLError, OmegaConfBaseException, ValueError, TypeError, LookupError) as error:
         raise ConfigError(" ".join(overrides), expected="overrides as key=value", received=" ".join(str(error).split())) from error
 
@@ -138,16 +162,27 @@ def _with_windows(plain: Node, title: str) -> Node:
         return {**plain, "data": rest | {name: to_plain(window) for name, window in days.windows(waiting).items()}}
 
 
-def _merge(base: Node, top: Node) -> Node:
-    """Deep merge; a node whose kind changes starts afresh, because the keys of one class mean nothing to another."""
+def _merge(base: Node, top: Node, default_kinds: Mapping[str, str]) -> Node:
+    """Deep merge; a node whose kind changes starts afresh, because the keys of one class mean nothing to another.
+
+    A text where the other side has a mapping is a kind: ``launch: ray`` is ``launch: {kind: ray}``.
+    """
     merged = dict(base)
     for key, value in top.items():
         below = merged.get(key)
-        if isinstance(value, dict) and isinstance(below, dict) and ("kind" not in value or value["kind"] == below.get("kind")):
-            merged[key] = _merge(below, value)
+        if isinstance(value, dict) and isinstance(below, str):
+            below = {"kind": below}
+        if isinstance(value, str) and isinstance(below, dict) and value == below.get("kind", default_kinds.get(key)):
+            continue
+        if isinstance(value, dict) and isinstance(below, dict) and _is_same_kind(below, value, default_kinds.get(key)):
+            merged[key] = _merge(below, value, {})
         else:
             merged[key] = value
     return merged
+
+
+def _is_same_kind(below: Node, value: Node, default: str | None) -> bool:
+    return "kind" not in value or value["kind"] == below.get("kind", default)
 
 
 def _build(cls: type, node: object, key: str, problems: list[MlenvError]) -> Any:
@@ -212,6 +247,8 @@ def _value(hint: Any, value: object, key: str, table: KindTable | None, problems
 def _one(hint: Any, value: object, key: str, table: KindTable | None, problems: list[MlenvError]) -> Any:
     if table is None:
         return _build(hint, value, key, problems)
+    if isinstance(value, str):
+        value = {"kind": value}
     if not isinstance(value, Mapping):
         problems.append(ConfigError(key, expected=f"a mapping with a kind, one of {sorted(table)}", received=value))
         return None

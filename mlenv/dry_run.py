@@ -14,8 +14,8 @@ from mlenv.datasets.parquet_source import NoFilesError, ParquetSource
 from mlenv.loops.compilation import owner_of_dense_part
 from mlenv.loops.train_step import check_logits
 from mlenv.modules import Objective, TorchEmbeddings
+from mlenv.modules.distillation import Teach
 from mlenv.schema import Table
-from mlenv.teacher import teacher_of
 
 
 def check_data(config: ExperimentConfig) -> None:
@@ -38,8 +38,9 @@ def check_parts(config: ExperimentConfig) -> None:
     """Builds the model over tables of one row each and what it is measured by, runs both over rows without features, drops all.
 
     Raises:
-        ConfigError: the model does not fit the schema, parts of it do not fit each other, or the teacher does not fit either.
-        CheckpointError: the teacher's checkpoint is damaged.
+        ConfigError: the model does not fit the schema, parts of it do not fit each other, or the teacher does not fit either; there
+            is no checkpoint to begin with, or no driver for the URL of the checkpoints.
+        CheckpointError: the teacher's checkpoint is damaged, or the one to begin with.
     """
     schema = config.schema
     tables = {
@@ -53,6 +54,26 @@ def check_parts(config: ExperimentConfig) -> None:
     probe = example_batch(schema)
     with torch.no_grad():
         check_logits(model.eval()(probe), probe)
-    teach = teacher_of(config.objective.distillation, schema, torch.device("cpu"), config.tracking.uri)
+    teach = _teach(config)
+    _check_checkpoints(config)
     objective = Objective(config.objective, schema.tasks, model, teach=teach, probe=probe)
     objective.backward(objective(model.train()(probe), probe), torch.Tensor.backward)
+
+
+def _teach(config: ExperimentConfig) -> Teach | None:
+    if config.objective.distillation is None:
+        return None
+    from mlenv.teacher import teacher_of  # what reads checkpoints takes as long to import as torch
+
+    return teacher_of(config.objective.distillation, config.schema, torch.device("cpu"), config.tracking.uri)
+
+
+def _check_checkpoints(config: ExperimentConfig) -> None:
+    if config.loop.checkpoint_url:
+        from mlenv.loops.checkpoint_store import CheckpointStore
+
+        CheckpointStore(config.loop.checkpoint_url)
+    if config.warm_start is not None:
+        from mlenv.warm_start import WarmStart
+
+        WarmStart(config.warm_start, config.schema, config.tracking.uri).verify()

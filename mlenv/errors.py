@@ -72,6 +72,10 @@ class StoppedError(KeyboardInterrupt):
     """
 
 
+class EarlyStopError(StoppedError):
+    """Who was told of an evaluation finds that the training is not worth going on with."""
+
+
 class Problems(MlenvError):
     """Several errors found in one check, reported together."""
 

@@ -7,6 +7,7 @@ import fcntl
 import json
 import logging
 import os
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -29,7 +30,8 @@ from mlenv.errors import CheckpointError, ConfigError, MlenvError
 from mlenv.kinds import kind_of
 from mlenv.loops.bad_step import bad_step_folder, save_bad_step
 from mlenv.loops.calibration import CALIBRATORS_FILE, Calibrator, calibrators_from_json, calibrators_to_json, fit_calibrators
-from mlenv.loops.checkpoint import add_document, list_checkpoints, load_tensors, read_document, verify
+from mlenv.loops.checkpoint import Retention, add_document, list_checkpoints, load_tensors, read_document, verify
+from mlenv.loops.checkpoint_store import CheckpointStore
 from mlenv.loops.compilation import COMPILATION_FILE, Compilation, compile_dense_part
 from mlenv.loops.evaluate import evaluate, score
 from mlenv.loops.fit import Progress
@@ -43,6 +45,7 @@ from mlenv.loops.step_meter import StepMeter, peak_tflops
 from mlenv.loops.step_profile import PROFILE_FOLDER, WARM_UP_STEPS, ProfiledStep, StepProfile
 from mlenv.loops.step_statistics import step_statistics
 from mlenv.loops.stop_signals import StopSignals
+from mlenv.loops.thread_budget import available_cores, compute_threads
 from mlenv.loops.train_step import EagerStep, TrainStep
 from mlenv.loops.training_run import BEST_FOLDER, CHECKPOINT_FOLDER, CONFIG, PROGRESS, RunOptions, TrainingRun
 from mlenv.loops.training_state import model_tensors, optimizer_tensors, parameter_names, random_tensors
@@ -54,6 +57,7 @@ from mlenv.profile_page import PROFILE_PAGE, limit_of, render_profile
 from mlenv.schema import Schema
 from mlenv.teacher import Teacher, teacher_of
 from mlenv.tracking import MlflowTracker, run_tags
+from mlenv.warm_start import OBJECTIVE_STATE, WARM_START, Difference, WarmStart
 
 logger = logging.getLogger(__name__)
 
@@ -67,10 +71,11 @@ NAMED_FACTS = 25
 """Row groups that were passed over, and findings about the data, that the facts of a run name; the log has all."""
 
 _MAY_CHANGE = (
-    *("name", "output", "tracking.", "checks.", "calibration.", "data.path", "data.test", "data.workers.", "launch."),
+    *("name", "output", "tracking.", "checks.", "calibration.", "data.path", "data.test", "data.workers.", "launch.", "job."),
     *("loop.log_every_steps", "loop.checkpoint_every_steps", "loop.keep_checkpoints", "loop.stop_after_evaluations", "loop.device"),
     *("loop.compile", "loop.read_ahead", "loop.peak_tflops", "loop.profile_steps"),
-    *("loop.on_bad_loss", "loop.max_loss", "loop.max_skipped_steps", "loop.hang_timeout_seconds"),
+    *("loop.on_bad_loss", "loop.max_loss", "loop.max_skipped_steps", "loop.hang_timeout_seconds", "loop.keep_every_steps"),
+    "loop.checkpoint_url",
     "data.content_hash",
 )
 """Keys that a resumed training may set anew; any other would make it another model."""
@@ -92,13 +97,23 @@ class Experiment:
 
     Args:
         sees_every_loss: whether each step looks at its loss before the model learns from it. None does where that waits for no device.
+        on_evaluation: is told of the step and the metrics of every evaluation before the last step; ends the training by EarlyStopError.
+        parent: output folder of what the training is a trial of; its MLflow run is nested under the one of that folder.
 
     Raises:
         ConfigError: the output folder has no parent; nothing is written before the first step of a training.
     """
 
-    def __init__(self, config: ExperimentConfig, sees_every_loss: bool | None = None) -> None:
+    def __init__(
+        self,
+        config: ExperimentConfig,
+        sees_every_loss: bool | None = None,
+        *,
+        on_evaluation: Callable[[int, Mapping[str, float]], None] | None = None,
+        parent: Path | None = None,
+    ) -> None:
         self.config, self.schema, self.output = config, config.schema, Path(config.output)
+        self._on_evaluation, self._parent = on_evaluation, parent
         if not self.output.parent.is_dir():
             fix = f"mkdir -p '{self.output.parent}', or set output to a folder elsewhere"
             raise ConfigError("output", expected="a folder whose parent exists", received=str(self.output), fix=fix)
@@ -117,6 +132,11 @@ class Experiment:
         self._sources: dict[Split, ParquetSource] = {}
         self._loaded: Path | None = None
         self._profiled: ProfiledStep | None = None
+        self._threads_before = torch.get_num_threads()
+        if "OMP_NUM_THREADS" not in os.environ:
+            processes, decoding = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), config.data.workers.local_threads
+            torch.set_num_threads(compute_threads(available_cores(), num_processes=processes, decode_threads=decoding))
+        self._taken: Difference | None = None
 
     @cached_property
     def model(self) -> nn.Module:
@@ -139,6 +159,12 @@ class Experiment:
     def teach(self) -> Teach | None:
         """The teacher, loaded; None without one."""
         return teacher_of(self.config.objective.distillation, self.schema, self.fabric.device, self.config.tracking.uri)
+
+    @cached_property
+    def warm_start(self) -> WarmStart | None:
+        """The checkpoint that the training begins with; None without one."""
+        config = self.config.warm_start
+        return None if config is None else WarmStart(config, self.schema, self.config.tracking.uri)
 
     @cached_property
     def objective(self) -> Objective:
@@ -228,23 +254,32 @@ class Experiment:
         return [self.config.optimizer.build(self._dense_parameters), *build_table_optimizers(tables)]
 
     @cached_property
+    def store(self) -> CheckpointStore | None:
+        """Where checkpoints are copied to; None without ``loop.checkpoint_url``."""
+        return CheckpointStore(self.config.loop.checkpoint_url) if self.config.loop.checkpoint_url else None
+
+    @cached_property
     def run(self) -> TrainingRun:
         """The run in the output folder, which is made and locked, and tracked in MLflow."""
         source, loop = self.source("train"), self.config.loop
         if loop.monitor and self.total_steps < loop.evaluate_every_steps:
             expected = f"at most the {self.total_steps} steps of the training, so that loop.monitor is measured"
             raise ConfigError("loop.evaluate_every_steps", expected=expected, received=loop.evaluate_every_steps)
+        if self.warm_start is not None:
+            self.warm_start.compare(self._model_tensors())
+        if is_main() and self.store is not None:
+            self.store.check()
         if is_main():
             self._occupy()
         wait_for_all()
         options = RunOptions(
             terms=self.objective.terms,
             log_every_steps=loop.log_every_steps,
-            keep_checkpoints=loop.keep_checkpoints,
+            retention=Retention(newest=loop.keep_checkpoints, every_steps=loop.keep_every_steps),
             monitor=loop.monitor,
             total_steps=self.total_steps,
             config=to_yaml(self.config),
-            fingerprints={"training data": source.fingerprint, **self._teacher_fingerprint},
+            fingerprints={"training data": source.fingerprint, **self._teacher_fingerprint, **self._warm_start_fingerprint},
             max_loss=loop.max_loss,
             hang_timeout_seconds=loop.hang_timeout_seconds,
         )
@@ -252,12 +287,14 @@ class Experiment:
             self.output,
             options,
             state=self._tensors,
-            begin=self._fit_normalization,
+            begin=self._begin,
             check=self._check_resumable,
             started=self._record_start,
             validate=self._validate,
             gauges=self._gauges,
             signals=self._signals,
+            store=self.store,
+            on_evaluation=self._on_evaluation,
         )
 
     def source(self, split: Split) -> ParquetSource:
@@ -284,7 +321,11 @@ class Experiment:
         Raises:
             CheckpointError: there is none, it is damaged, or it belongs to another schema or model.
         """
-        checkpoints = list_checkpoints(self.output / (BEST_FOLDER if self.config.loop.monitor else CHECKPOINT_FOLDER))
+        folder = self.output / (BEST_FOLDER if self.config.loop.monitor else CHECKPOINT_FOLDER)
+        if is_main() and self.store is not None and not list_checkpoints(folder):
+            self.store.fetch_newest(folder, self.store.names(folder.name))
+        wait_for_all()
+        checkpoints = list_checkpoints(folder)
         if not checkpoints:
             raise CheckpointError(str(self.output), expected="a checkpoint", received="none", fix="train first: mlenv train CONFIG")
         verify(checkpoints[-1])
@@ -323,6 +364,10 @@ class Experiment:
         return {"teacher": self.teach.fingerprint} if isinstance(self.teach, Teacher) else {}
 
     @property
+    def _warm_start_fingerprint(self) -> dict[str, str]:
+        return {} if self.warm_start is None else {"warm start": self.warm_start.fingerprint}
+
+    @property
     def _known_dataset(self) -> DatasetRecord | None:
         """What an earlier training here wrote of its data."""
         file = self.output / DATASET_FILE
@@ -347,6 +392,8 @@ class Experiment:
                 prints |= {f"{split} data {name}": "; ".join([*lines[:NAMED_FACTS], *more])} if lines else {}
         if "teach" in self.__dict__:
             prints |= {f"{name} fingerprint": text for name, text in self._teacher_fingerprint.items()}
+        if "warm_start" in self.__dict__:
+            prints |= {f"{name} fingerprint": text for name, text in self._warm_start_fingerprint.items()}
         prints |= {
             f"{split} join {join['table']}": f"{join['match_rate']:.2%} of {join['rows'] - join['unknown']:,} rows find something"
             for split, source in self._sources.items()
@@ -371,6 +418,7 @@ class Experiment:
         self._signals.__exit__(kind, error, trace)
         if self._profiled is not None:
             self._profiled.close()
+        torch.set_num_threads(self._threads_before)
         if "run" in self.__dict__:
             self.run.close()
         for source in self._sources.values():
@@ -406,6 +454,11 @@ class Experiment:
     def _dense_parameters(self) -> list[nn.Parameter]:
         return [*dense_parameters(self.model), *self.objective.parameters()]
 
+    def _model_tensors(self) -> dict[str, Any]:
+        """What a warm start may fill: the weights that are trained, and the optimizers' state of them."""
+        state = optimizer_tensors(self.model, parameter_names(self.model, self.objective), self.optimizers)
+        return {**model_tensors(self.model), **{name: tensor for name, tensor in state.items() if not name.startswith(OBJECTIVE_STATE)}}
+
     def _tensors(self) -> dict[str, Any]:
         objective = {f"objective.{name}": tensor for name, tensor in self.objective.state_dict().items()}
         names = parameter_names(self.model, self.objective)
@@ -433,6 +486,19 @@ class Experiment:
 
     def _gauges(self) -> dict[str, float]:
         return {**self.objective.gauges(), **gate_gauges(self.model), **self.step.gauges()}
+
+    def _begin(self) -> None:
+        """Prepares a model that starts from nothing, or from the weights of another one."""
+        self._fit_normalization()
+        if self.warm_start is None:
+            return
+        tensors = self._model_tensors()
+        self.warm_start.verify()
+        self._taken = self.warm_start.compare(tensors)
+        self.warm_start.take(tensors, self._taken)
+        if self.average is not None:
+            self.average.restart()
+        logger.info("warm start from %s: %s", self.warm_start.checkpoint, self._taken)
 
     def _fit_normalization(self) -> None:
         """Rank 0 reads the rows that a single process would, so that the model is the same on any number of them."""
@@ -517,17 +583,26 @@ class Experiment:
             write_whole(json.dumps(joins, indent=2), self.output / JOINS)
         if self.compilation is not None:
             write_whole(json.dumps(dataclasses.asdict(self.compilation), indent=2), self.output / COMPILATION_FILE)
+        if self._taken is not None:
+            write_whole(self._taken.to_json(), self.output / WARM_START)
         tracking = self.config.tracking
         if not tracking.enabled:
             return
-        self._tracker = MlflowTracker(self.output, uri=tracking.uri, experiment=tracking.experiment, run_name=self.config.name)
+        self._tracker = MlflowTracker(
+            self.output, uri=tracking.uri, experiment=tracking.experiment, run_name=self.config.name, parent=self._parent
+        )
         params = {key: str(value) for key, value in leaves(to_plain(self.config)).items() if not key.startswith("schema.")}
         self._tracker.start(params, self.facts)
         self._tracker.log_inputs(mlflow_inputs(self.dataset))
         self.keep(self.output / CONFIG)
         self.keep(self.output / DATASET_FILE)
-        for name in ([JOINS] if joins else []) + ([COMPILATION_FILE] if self.compilation is not None else []):
-            self.keep(self.output / name)
+        for name, is_there in (
+            (JOINS, bool(joins)),
+            (COMPILATION_FILE, self.compilation is not None),
+            (WARM_START, self._taken is not None),
+        ):
+            if is_there:
+                self.keep(self.output / name)
 
 
 def sees_loss_for_free(device: torch.device) -> bool:

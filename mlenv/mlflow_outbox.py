@@ -30,6 +30,7 @@ RECORD_FILE: Final = "tracking.json"
 
 _KEY_TAG: Final = "mlenv.key"
 _CONTEXT_TAG: Final = "mlflow.data.context"
+_PARENT_TAG: Final = "mlflow.parentRunId"
 _KEY_LENGTH: Final = 250
 _PARAM_LENGTH: Final = 500  # what every MLflow server takes; the whole config is in the run as a file
 _METRICS_PER_BATCH: Final = 1000
@@ -46,6 +47,8 @@ class Record:
     run_name: str
     key: str = field(default_factory=lambda: uuid.uuid4().hex)
     """A tag of the run. It finds the run also when the answer to its creation was lost."""
+    parent: str = ""
+    """Output folder, seen from this one, of the run that this one is nested under; empty for none."""
     run_id: str = ""
     params: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
@@ -71,6 +74,7 @@ class Outbox:
         self._status = ""
         self._journal = JournalFollower(self.output / JOURNAL_FILE)
         self._sent_steps: dict[str, int] = {}
+        self._sent_tags: dict[str, str] = {}
 
     def change(self, change: Callable[[Record], Record]) -> None:
         """Replaces the record, in memory and on the disk; the training and the background thread both do."""
@@ -87,6 +91,7 @@ class Outbox:
         """Sends all that is new. After an error of any kind, call it again: it asks MLflow what has arrived and sends the rest."""
         try:
             client = self._client or self._connect()
+            self._send_tags(client)
             self._send_metrics(client)
             self._send_status(client)
             self._send_inputs(client)
@@ -98,24 +103,35 @@ class Outbox:
 
     def _connect(self) -> MlflowClient:
         from mlflow import MlflowClient
-        from mlflow.entities import Param, RunTag
+        from mlflow.entities import Param
 
         client = MlflowClient(tracking_uri=self._uri)
-        run = self._find_or_create_run(client)
+        nested = self._parent_tag()
+        run = self._find_or_create_run(client, nested)
         self.change(lambda record: replace(record, run_id=run.info.run_id))
         if self._uri.startswith("http"):
             self.url = f"{self.record.uri.rstrip('/')}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
         new_params = {_name(key): value[:_PARAM_LENGTH] for key, value in self.record.params.items() if _name(key) not in run.data.params}
         for params in _batches([Param(key, value) for key, value in new_params.items()], _PARAMS_PER_BATCH):
             client.log_batch(run.info.run_id, params=params)
-        for tags in _batches([RunTag(_name(key), value) for key, value in self.record.tags.items()], _PARAMS_PER_BATCH):
-            client.log_batch(run.info.run_id, tags=tags)
+        self._sent_tags = {}
         self._status = run.info.status
         self._sent_steps = {metric.key: metric.step for metric in run.data.to_proto().metrics}
         self._journal = JournalFollower(self.output / JOURNAL_FILE)
         return client
 
-    def _find_or_create_run(self, client: MlflowClient) -> Run:
+    def _parent_tag(self) -> dict[str, str]:
+        """What nests the run under its parent, which must have arrived before."""
+        if not self.record.parent:
+            return {}
+        folder = (self.output / self.record.parent).resolve()
+        parent = load_record(folder)
+        if parent is None or not parent.run_id:
+            fix = f"mlenv runs send '{folder}', then this one"
+            raise DataError(str(folder), expected="a run that MLflow has, because this one is a part of it", received="none", fix=fix)
+        return {_PARENT_TAG: parent.run_id}
+
+    def _find_or_create_run(self, client: MlflowClient, tags: dict[str, str]) -> Run:
         record = self.record
         experiment = client.get_experiment_by_name(record.experiment)
         if experiment is None:
@@ -127,7 +143,16 @@ class Outbox:
         runs = client.search_runs([experiment_id], f"tags.`{_KEY_TAG}` = '{record.key}'", max_results=1)
         if runs:
             return runs[0]
-        return client.create_run(experiment_id, start_time=record.start_ms, tags={_KEY_TAG: record.key}, run_name=record.run_name)
+        return client.create_run(experiment_id, start_time=record.start_ms, tags={_KEY_TAG: record.key} | tags, run_name=record.run_name)
+
+    def _send_tags(self, client: MlflowClient) -> None:
+        from mlflow.entities import RunTag
+
+        tags = self.record.tags
+        new = [RunTag(_name(key), value) for key, value in tags.items() if self._sent_tags.get(key) != value]
+        for batch in _batches(new, _PARAMS_PER_BATCH):
+            client.log_batch(self.record.run_id, tags=batch)
+        self._sent_tags = tags
 
     def _send_metrics(self, client: MlflowClient) -> None:
         from mlflow.entities import Metric

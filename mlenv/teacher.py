@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
@@ -20,17 +17,16 @@ from mlenv.config import MODELS, DistillationConfig, EmbeddingsConfig, ModelConf
 from mlenv.errors import ConfigError
 from mlenv.kinds import kind_field
 from mlenv.loops.calibration import CALIBRATORS_FILE, Calibrator, calibrators_from_json
-from mlenv.loops.checkpoint import MANIFEST, list_checkpoints, load_tensors, read_document, verify
-from mlenv.loops.training_run import BEST_FOLDER, CHECKPOINT_FOLDER, CONFIG
+from mlenv.loops.checkpoint import load_tensors, read_document, verify
+from mlenv.loops.training_run import CONFIG
 from mlenv.loops.training_state import model_tensors
-from mlenv.mlflow_outbox import absolute_uri
 from mlenv.modules import TorchEmbeddings
 from mlenv.modules.distillation import Taught, Teach
 from mlenv.modules.shared_input import WatchedInput
 from mlenv.schema import Schema, Table
+from mlenv.stored_model import find_checkpoint, fingerprint_of
 
 KEY = "objective.distillation.teacher"
-_MLFLOW = ("runs:/", "models:/", "mlflow-artifacts:/")
 
 
 class Teacher:
@@ -45,9 +41,9 @@ class Teacher:
     """
 
     def __init__(self, config: DistillationConfig, schema: Schema, device: torch.device, *, tracking_uri: str) -> None:
-        checkpoint = _find(config.teacher, tracking_uri)
+        checkpoint = find_checkpoint(config.teacher, tracking_uri, KEY)
         verify(checkpoint)
-        self.fingerprint = xxhash.xxh3_128((checkpoint / MANIFEST).read_bytes()).hexdigest()[:12]
+        self.fingerprint = fingerprint_of(checkpoint)
         """Of the checkpoint; a student that goes on must have the same teacher."""
         taught = _read_config(checkpoint)
         _check_same_reading(taught.schema, schema, config.teacher)
@@ -186,45 +182,3 @@ def _used(schema: Schema, features: Collection[str]) -> dict[str, Table]:
     """Tables of these features, all of one width and pooling: neither changes which rows are read."""
     used = {key.table for key in schema.sparse_keys if key.feature in features}
     return {name: replace(table, embedding_dim=1, pooling="sum") for name, table in schema.tables.items() if name in used}
-
-
-def _find(teacher: str, tracking_uri: str) -> Path:
-    """The checkpoint that a teacher's name leads to: of a training that chose its best step that one, of another its last."""
-    folder = _download(teacher, tracking_uri) if teacher.startswith(_MLFLOW) else Path(teacher)
-    if (folder / MANIFEST).is_file():
-        return folder
-    checkpoints = list_checkpoints(folder / BEST_FOLDER) or list_checkpoints(folder / CHECKPOINT_FOLDER)
-    checkpoints = checkpoints or [path.parent for path in folder.glob(f"*/{MANIFEST}")]
-    if not checkpoints:
-        fix = "name the output folder of a training, one of its checkpoints, or a model that MLflow keeps"
-        raise ConfigError(KEY, expected="a checkpoint", received=teacher, fix=fix)
-    return checkpoints[-1]
-
-
-def _download(uri: str, tracking_uri: str) -> Path:
-    import mlflow
-
-    with _mlflow_at(absolute_uri(tracking_uri)):
-        try:
-            return Path(mlflow.artifacts.download_artifacts(artifact_uri=uri))
-        except (mlflow.exceptions.MlflowException, OSError) as error:
-            raise ConfigError(KEY, expected="a model that MLflow keeps", received=uri, fix=str(error).partition("\n")[0]) from error
-
-
-@contextmanager
-def _mlflow_at(uri: str) -> Iterator[None]:
-    """Models of a registry are looked up where MLflow is set to be, and it writes that to the environment too: a later training
-    of this process must not be tracked there."""
-    import mlflow
-
-    set_before = mlflow.get_tracking_uri() if mlflow.is_tracking_uri_set() else ""  # type: ignore[no-untyped-call]
-    environment = os.environ.get("MLFLOW_TRACKING_URI")
-    mlflow.set_tracking_uri(uri)
-    try:
-        yield
-    finally:
-        mlflow.set_tracking_uri(set_before)
-        if environment is None:
-            os.environ.pop("MLFLOW_TRACKING_URI", None)
-        else:
-            os.environ["MLFLOW_TRACKING_URI"] = environment

@@ -45,11 +45,12 @@ _ENVIRONMENT: Final = {
 class MlflowTracker:
     """Sends a run's journal, parameters and files to MLflow from a background thread."""
 
-    def __init__(self, output: Path, *, uri: str, experiment: str, run_name: str) -> None:
+    def __init__(self, output: Path, *, uri: str, experiment: str, run_name: str, parent: Path | None = None) -> None:
         """
         Args:
             output: the run's folder, which holds the journal. The MLflow run that was begun for it is continued.
             uri: where MLflow is; when empty, ``MLFLOW_TRACKING_URI``, then where this folder's run is, then ``mlflow.db`` here.
+            parent: output folder of a tracked run that this one is nested under; it is sent after that one.
         """
         try:
             known = load_record(output)
@@ -59,6 +60,7 @@ class MlflowTracker:
         uri = absolute_uri(uri or os.environ.get("MLFLOW_TRACKING_URI") or (known.uri if known else DEFAULT_URI))
         if known is None or (known.uri, known.experiment) != (without_password(uri), experiment):
             known = Record(uri=without_password(uri), experiment=experiment, run_name=run_name)
+        known = replace(known, parent=os.path.relpath(parent.resolve(), output.resolve()) if parent is not None else "")
         self._outbox = Outbox(output, known, uri)
         self._finishing = threading.Event()
         self._thread: threading.Thread | None = None
@@ -84,6 +86,10 @@ class MlflowTracker:
         """Adds a file, or a directory with all that is in it, to the run, in the folder of that name."""
         artifact = (os.path.relpath(path.resolve(), self._outbox.output), folder)
         self._outbox.change(lambda record: replace(record, artifacts=(*record.artifacts, artifact)))
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Adds tags, or gives them other texts."""
+        self._outbox.change(lambda record: replace(record, tags={**record.tags, **tags}))
 
     def log_inputs(self, inputs: Sequence[Mapping[str, str]]) -> None:
         """Adds data sets to what the run read; each has what MLflow's ``Dataset`` takes, and ``context``, such as train."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from mlenv.backfill_checks import compare_pairs, read_pairs
@@ -44,8 +46,16 @@ class TrainingResult:
     """The run in MLflow; empty when it is not tracked."""
 
 
-def train(config: ExperimentConfig) -> TrainingResult:
+def train(
+    config: ExperimentConfig,
+    *,
+    on_evaluation: Callable[[int, Mapping[str, float]], None] | None = None,
+    parent: Path | None = None,
+) -> TrainingResult:
     """Trains to the end, or goes on where a killed run stopped; then measures the model on the test window and reports.
+
+    Args:
+        on_evaluation, parent: of a trial; see Experiment.
 
     Raises:
         MlenvError: the config, the columns of the data or a checkpoint cannot be used, before anything is written; or a
@@ -54,15 +64,17 @@ def train(config: ExperimentConfig) -> TrainingResult:
         TrainingError: the loss of a step is no number or above ``loop.max_loss``, and ``loop.on_bad_loss`` does not skip it.
         StoppedError: SIGTERM or SIGUSR1 came; the last step is in a checkpoint.
     """
+    make = partial(Experiment, config, on_evaluation=on_evaluation, parent=parent)
     try:
-        return _train(config)
+        return _train(make())
     except UnseenLossError as error:
         logger.warning("%s Now the steps since the last checkpoint run again, and each loss is looked at first.", error)
-        return _train(config, sees_every_loss=True)
+        return _train(make(sees_every_loss=True))
 
 
-def _train(config: ExperimentConfig, sees_every_loss: bool | None = None) -> TrainingResult:
-    with Experiment(config, sees_every_loss) as experiment:
+def _train(experiment: Experiment) -> TrainingResult:
+    config = experiment.config
+    with experiment:
         splits: list[Split] = [split for split in SPLITS if getattr(config.data, split) is not None]
         for split in splits:
             _ = experiment.source(split).joins  # all windows are checked before the first step
@@ -77,6 +89,7 @@ def _train(config: ExperimentConfig, sees_every_loss: bool | None = None) -> Tra
                 experiment.keep(experiment.output / name)
         checkpoint = experiment.load()
         experiment.calibrate(checkpoint)
+        experiment.run.copy()  # with the calibrators
         evaluation = evaluate_and_report(experiment) if "test" in splits else None
         if evaluation is not None and is_main():
             _journal_once(Journal(experiment.output / JOURNAL_FILE), progress.step, evaluation)

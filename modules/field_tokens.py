@@ -12,17 +12,16 @@ from torch import Tensor, nn
 class FieldTokens(nn.Module):
     """Cuts a representation into its fields and brings them to one width.
 
-    Where every field has that width already this is a view; otherwise each field has its own linear map, and neighbours
-    of equal width are mapped together.
+    A field of that width is a token as it is; any other has a linear map of its own, and neighbours of equal width are mapped
+    together.
     """
 
     def __init__(self, field_dims: Sequence[int], token_dim: int) -> None:
         super().__init__()
         self.num_fields, self.token_dim = len(field_dims), token_dim
         self.runs = [(dim, len(list(run))) for dim, run in groupby(field_dims)]
-        self.is_view = set(field_dims) == {token_dim}
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
-        for dim, count in [] if self.is_view else self.runs:
+        for dim, count in ((dim, count) for dim, count in self.runs if dim != token_dim):
             # The maps of a run as one matrix: the gradient of an axis of size 1 has strides that distributed training warns about.
             self.weights.append(nn.Parameter(torch.randn(count * dim, token_dim) * dim**-0.5))
             self.biases.append(nn.Parameter(torch.zeros(count * token_dim)))  # flat: decay is for matrices
@@ -35,10 +34,17 @@ class FieldTokens(nn.Module):
         Returns:
             ``(batch, fields, token_dim)``, same dtype.
         """
-        if self.is_view:
-            return inputs.view(-1, self.num_fields, self.token_dim)
-        tokens = []
         pieces = torch.split(inputs, [dim * count for dim, count in self.runs], dim=1)
-        for (dim, count), piece, weight, bias in zip(self.runs, pieces, self.weights, self.biases, strict=True):
-            tokens.append(torch.einsum("bfd,fdt->bft", piece.view(-1, count, dim), weight.view(count, dim, -1)) + bias.view(count, -1))
-        return torch.cat(tokens, dim=1)
+        tokens, maps = [], iter(zip(self.weights, self.biases, strict=True))
+        for (dim, count), piece in zip(self.runs, pieces, strict=True):
+            fields = piece.view(-1, count, dim)
+            tokens.append(fields if dim == self.token_dim else _mapped(fields, *next(maps)))
+        return tokens[0] if len(tokens) == 1 else torch.cat(tokens, dim=1)
+
+
+def _mapped(fields: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """``(batch, fields, dim)`` to ``(batch, fields, token_dim)``."""
+    count, dim = fields.shape[1:]
+    if dim == 1:  # a number times a vector: as a product of matrices this takes several times as long on a CPU
+        return torch.addcmul(bias.view(count, -1), fields, weight.view(count, -1))
+    return torch.einsum("bfd,fdt->bft", fields, weight.view(count, dim, -1)) + bias.view(count, -1)

@@ -43,3 +43,25 @@ def demo_arguments(ads: Path, tmp_path: Path) -> Callable[..., list[str]]:
         return [str(ROOT / "examples/demo/ranker.yaml"), *settings, *defaults, *overrides]
 
     return arguments
+
+
+@pytest.fixture(scope="session")
+def tiny_config(ads: Path) -> str:
+    """A config of three features on the small log, which composes and trains in no time."""
+    return f"""
+name: tiny
+output: tiny
+schema:
+  row_key: [impression_id]
+  labels: {{click: {{}}}}
+  features:
+    item_id: {{kind: categorical}}
+    device: {{kind: categorical, storage: string}}
+    price: {{kind: numeric, log1p: true}}
+  tables:
+    item_id: {{num_embeddings: 1000, embedding_dim: 4}}
+    device: {{num_embeddings: 100, embedding_dim: 4, ids: hash}}
+data: {{path: '{ads}', batch_size: 128, train: {{end: 2026-01-01}}, test: {{start: 2026-01-03}}}}
+model: {{kind: ranker, deep: {{hidden: [8]}}}}
+loop: {{log_every_steps: 5, checkpoint_every_steps: 2, max_steps: 12}}
+"""

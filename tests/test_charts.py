@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from mlenv.charts import Chart, Series, dot_chart, line_chart, reliability_chart
+from mlenv.charts import Chart, Series, dot_chart, line_chart, reliability_chart, scatter_chart
 from mlenv.loops.metrics import ReliabilityCurve
 
 
@@ -122,3 +122,13 @@ def test_names_stand_on_the_horizontal_axis_as_many_as_there_is_room_for() -> No
     assert "<title>coverage, 2026-01-12: 0.9</title>" in svg
     heights = {float(height) for height in re.findall(r'cy="([\d.]+)"', svg)}
     assert heights == {210 - 0.8 * 200}
+
+
+def test_dots_over_logarithms_stand_at_the_numbers_themselves() -> None:
+    dots = Series("trials", [(-4, 1.0), (-3, 2.0), (-2, 3.0), (math.nan, 2.0)], 0, "dots")
+    chart = scatter_chart("learning rate", [dots], is_log=True)
+    places = [float(circle.attrib["cx"]) for circle in shapes(chart, "circle")]
+    assert len(places) == 3
+    assert places[1] - places[0] == pytest.approx(places[2] - places[1], abs=0.11)
+    assert {"1.0e-04", "0.001", "0.01"} <= set(texts(chart))
+    assert "trials, 0.001: 2" in chart.svg

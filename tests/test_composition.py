@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from mlenv.composition import compose, from_plain, to_plain, to_yaml
-from mlenv.config import OPTIMIZERS, ExperimentConfig
+from mlenv.config import OPTIMIZERS, WORKERS, ExperimentConfig
 from mlenv.errors import ConfigError, Problems
 from mlenv.kinds import kind_of
 from mlenv.modules import CrossNetConfig, RankerConfig
@@ -101,6 +101,36 @@ def test_every_problem_is_named_at_once(control):
     assert "model.kind: expected one of ['ranker']" in text
 
 
+@pytest.mark.parametrize(
+    ("below", "overrides", "expected"),
+    [
+        ("", ["optimizer=lion"], {"kind": "lion"}),
+        ("", ["optimizer=lion", "optimizer.beta1=0.5"], {"kind": "lion", "beta1": 0.5}),
+        ("", ["optimizer.beta1=0.5", "optimizer=lion"], {"kind": "lion", "beta1": 0.5}),
+        ("optimizer: lion", ["optimizer.beta1=0.5"], {"kind": "lion", "beta1": 0.5}),
+        ("optimizer: {kind: lion, beta1: 0.5}", ["optimizer=lion"], {"kind": "lion", "beta1": 0.5}),
+        ("optimizer: {kind: lion, learning_rate: 0.5}", ["optimizer=adamw"], {"kind": "adamw", "learning_rate": 1e-3}),
+        ("optimizer: {learning_rate: 0.5}", ["optimizer=adamw"], {"kind": "adamw", "learning_rate": 0.5}),
+        ("optimizer: {learning_rate: 0.5}", ["optimizer=sgd", "optimizer.momentum=0.5"], {"kind": "sgd", "momentum": 0.5}),
+    ],
+)
+def test_a_bare_name_is_a_kind(control, below, overrides, expected):
+    control.write_text(CONTROL + below)
+    found = to_plain(compose(control, overrides))["optimizer"]
+    assert {key: found[key] for key in expected} == expected
+
+
+def test_bare_names_at_any_depth(control):
+    config = compose(control, ["data.workers=threads", "data.transforms=[{kind: filter, where: 'price > 0'}]", "launch=torchrun"])
+    assert kind_of(config.data.workers, WORKERS) == "threads"
+    assert compose(control, ["model.crossing=cross_net"]).model.crossing == CrossNetConfig(num_layers=2)
+    assert compose(control, ["objective.losses.click=focal"]) == compose(control, ["objective.losses.click.kind=focal"])
+    with pytest.raises(Problems, match=r"launch.kind: expected one of \['ray', 'torchrun'\].* Received: 'rai'. Fix: did you mean 'ray'"):
+        compose(control, ["launch=rai"])
+    with pytest.raises(Problems, match=r"data.train: expected the keys of WindowConfig. Received: 'all'"):
+        compose(control, ["data.train=all"])
+
+
 def test_an_optimizer_without_a_kind_is_adamw_and_another_kind_starts_afresh(control):
     assert kind_of(compose(control).optimizer, OPTIMIZERS) == "adamw"
     named = compose(control, ["optimizer.learning_rate=0.25"]).optimizer
@@ -177,7 +207,7 @@ def test_an_optimizer_without_a_kind_is_adamw_and_another_kind_starts_afresh(con
         ("embeddings.tables.item.optimizer=sgd", "embeddings.tables.item.learning_rate: expected a number, because sgd takes another rate"),
         ("optimizer.kind=adamv", "optimizer.kind: expected one of ['adam', 'adamw', 'lion', 'sgd']"),
         ("optimizer={kind: lion, eps: 1}", "optimizer.eps: expected a key of LionConfig"),
-        ("optimizer=adam", "optimizer: expected a mapping with a kind"),
+        ("optimizer=[adam]", "optimizer: expected a mapping with a kind"),
         ("schema.features.item.table=itm", "schema.features.item.table: expected a table of the schema"),
         ("optimizer.learning_rate=0", "optimizer.learning_rate: expected a number > 0"),
         ("model.deep.dropout=1.5", "model.deep.dropout: expected a share in [0, 1)"),

@@ -16,12 +16,19 @@ ROOT = Path(__file__).parent.parent
 DATA = Path(os.environ.get("MLENV_DATA", ROOT.parent / "shared" / "data"))
 
 
-CONFIGS = sorted(path for path in (ROOT / "examples").glob("*/*.yaml") if path.name != "schema.yaml")  # a part that the others extend
+SEARCHES = sorted((ROOT / "examples").glob("*/tune.yaml"))
+CONFIGS = sorted(path for path in (ROOT / "examples").glob("*/*.yaml") if path.name != "schema.yaml" and path not in SEARCHES)
+"""All but the searches, and the schema, which is a part that the others extend."""
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_every_config_composes(config, capsys):
     assert main(["train", str(config), "--dry-run"]) == DONE
+
+
+@pytest.mark.parametrize("search", SEARCHES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_every_search_composes(search, capsys):
+    assert main(["tune", str(search), "--dry-run"]) == DONE
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,8 @@ from mlenv.config.cross_checks import check
 from mlenv.config.data import WORKERS, DataConfig, DaysConfig, WindowConfig, Workers, WorkersConfig, is_day
 from mlenv.config.embeddings import EmbeddingsConfig, TableConfig, TableOptimizer
 from mlenv.config.experiment import CALIBRATORS, CONFIG_FILE, MODELS, CalibratorConfig, ExperimentConfig, ModelConfig
-from mlenv.config.launch import LaunchConfig
+from mlenv.config.job import JobConfig
+from mlenv.config.launch import LAUNCHERS, Command, LauncherConfig
 from mlenv.config.loop import MONITORS, OPTIMIZERS, LoopConfig, OptimizerConfig
 from mlenv.config.objective import (
     BALANCES,
@@ -27,20 +28,26 @@ from mlenv.config.transforms import (
     TransformConfig,
     WindowTransformConfig,
 )
+from mlenv.config.tuning import EARLY_STOPPING, SPACES, ResourcesConfig, TuningConfig
+from mlenv.config.warm_start import WarmStartConfig
 
 __all__ = [
     "BALANCES",
     "CALIBRATORS",
     "CONFIG_FILE",
+    "EARLY_STOPPING",
+    "LAUNCHERS",
     "LOSSES",
     "MODELS",
     "MONITORS",
     "OPTIMIZERS",
+    "SPACES",
     "TRANSFORMS",
     "WORKERS",
     "BalanceConfig",
     "CalibratorConfig",
     "ChecksConfig",
+    "Command",
     "DataConfig",
     "DaysConfig",
     "DistillationConfig",
@@ -48,14 +55,16 @@ __all__ = [
     "ExperimentConfig",
     "Findings",
     "HiddenDistillationConfig",
+    "JobConfig",
     "LabelTransformConfig",
-    "LaunchConfig",
+    "LauncherConfig",
     "Limits",
     "LoopConfig",
     "LossConfig",
     "ModelConfig",
     "ObjectiveConfig",
     "OptimizerConfig",
+    "ResourcesConfig",
     "RowRule",
     "TableConfig",
     "TableOptimizer",
@@ -63,6 +72,8 @@ __all__ = [
     "TableTransformConfig",
     "TrackingConfig",
     "TransformConfig",
+    "TuningConfig",
+    "WarmStartConfig",
     "WindowConfig",
     "WindowTransformConfig",
     "Workers",

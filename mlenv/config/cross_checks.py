@@ -54,6 +54,9 @@ def _problems(config: ExperimentConfig) -> Iterator[MlenvError]:
             yield ConfigError(f"calibration.{task}.segments", expected="columns of schema.segments", received=column, fix=fix)
     for feature in set(config.checks.may_drift) - set(schema.features):
         yield ConfigError("checks.may_drift", expected="features of the schema", received=feature, fix=nearest(feature, schema.features))
+    for name in config.warm_start.renamed.keys() - schema.tables.keys() if config.warm_start else ():
+        fix = nearest(name, schema.tables)
+        yield ConfigError(f"warm_start.renamed.{name}", expected="a table of schema.tables", received=name, fix=fix)
     yield from _monitor_problems(config)
     yield from _table_optimizer_problems(config)
     yield from _accumulation_problems(config)

@@ -31,6 +31,10 @@ class Workers(Protocol):
 class WorkersConfig(Protocol):
     """Where rows are read and decoded. It changes nothing about the rows, their order or their numbers."""
 
+    @property
+    def local_threads(self) -> int:
+        """Threads of the trainer's own process that decode; computing leaves them cores where there are many."""
+
     def build(self) -> Workers:
         """Starts nothing before the first item."""
 

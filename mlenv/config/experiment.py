@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Protocol
 from mlenv.config.checks import ChecksConfig
 from mlenv.config.data import DataConfig
 from mlenv.config.embeddings import EmbeddingsConfig
-from mlenv.config.launch import LaunchConfig
+from mlenv.config.job import JobConfig
+from mlenv.config.launch import LAUNCHERS, LauncherConfig, torchrun
 from mlenv.config.loop import OPTIMIZERS, LoopConfig, OptimizerConfig, adamw
 from mlenv.config.objective import ObjectiveConfig
 from mlenv.config.tracking import TrackingConfig
+from mlenv.config.warm_start import WarmStartConfig
 from mlenv.kinds import kind_field
 from mlenv.schema import Schema
 
@@ -86,11 +88,16 @@ class ExperimentConfig:
     optimizer: OptimizerConfig = kind_field(OPTIMIZERS, default_kind="adamw", default_factory=adamw)
     """Of all that is not an embedding table; AdamW where no kind is named."""
     objective: ObjectiveConfig = ObjectiveConfig()
+    warm_start: WarmStartConfig | None = None
+    """Begin with the weights of another training; null begins with fresh ones."""
     calibration: dict[str, CalibratorConfig] = kind_field(CALIBRATORS, default_factory=dict)
     """Corrects the predictions of a task, fitted on ``data.validation`` once the training has ended; a task that is not named
     keeps the sigmoid of its logits."""
     loop: LoopConfig = LoopConfig()
-    launch: LaunchConfig = LaunchConfig()
+    launch: LauncherConfig = kind_field(LAUNCHERS, default_kind="torchrun", default_factory=torchrun)
+    """How many processes train together, and who starts them; torchrun where no kind is named."""
+    job: JobConfig = JobConfig()
+    """The machines, where a scheduler starts the training."""
     checks: ChecksConfig = ChecksConfig()
     tracking: TrackingConfig = TrackingConfig()
     seed: int = 0

@@ -1,21 +1,50 @@
-"""How many processes train together: ``launch`` of a config."""
+"""Which processes train together: ``launch`` of a config."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
-from mlenv.errors import check_at_least
+from mlenv.kinds import class_of
+
+if TYPE_CHECKING:
+    from mlenv.config.experiment import ExperimentConfig
 
 
-@dataclass(frozen=True, kw_only=True)
-class LaunchConfig:
-    """How many processes of this machine train together. torchrun starts processes on several machines, with the same command."""
+@dataclass(frozen=True)
+class Command:
+    """What each of the processes does."""
 
-    num_processes: int = 1
-    """Each takes a share of the rows and, with the engine torchrec, of the tables; with GPUs, one for each."""
-    max_restarts: int = 3
-    """How often all are started again, from the last checkpoint, when one of them has died."""
+    arguments: tuple[str, ...]
+    """Of ``mlenv``, for a launcher whose processes are started by them."""
+    run: Callable[[ExperimentConfig], int]
+    """The same, for one whose processes are there already; gives the exit code."""
 
-    def __post_init__(self) -> None:
-        check_at_least("num_processes", self.num_processes, 1)
-        check_at_least("max_restarts", self.max_restarts, 0)
+
+class LauncherConfig(Protocol):
+    """Starts the processes of a training, and starts them again when one has died. It changes nothing about what they train."""
+
+    @property
+    def num_processes(self) -> int:
+        """Each takes a share of the rows."""
+
+    @property
+    def max_restarts(self) -> int:
+        """How often all are started again when one has died."""
+
+    @property
+    def starts_processes(self) -> bool:
+        """False where the process that was given the command does all itself."""
+
+    def run(self, config: ExperimentConfig, command: Command) -> int:
+        """Returns the exit code of the command, once all processes have ended."""
+
+
+LAUNCHERS: dict[str, type | str] = {"ray": "mlenv.ray_launch:RayLauncherConfig", "torchrun": "mlenv.launch:TorchrunConfig"}
+"""Launchers by the name that ``launch.kind`` takes."""
+
+
+def torchrun() -> LauncherConfig:
+    config: LauncherConfig = class_of("torchrun", LAUNCHERS, "launch")()
+    return config

@@ -78,6 +78,12 @@ class LoopConfig:
     """Steps between two checkpoints; a killed run loses at most these."""
     keep_checkpoints: int = 2
     """Newest checkpoints that stay."""
+    keep_every_steps: int = 0
+    """Steps between two checkpoints that stay for ever, each with the best model so far; a multiple of ``checkpoint_every_steps``.
+    0 keeps none of them."""
+    checkpoint_url: str = ""
+    """Where checkpoints are copied to, such as s3://bucket/run, with the same ones kept there: a training on another machine goes on from
+    them. A URL that fsspec has a driver for; empty copies nothing."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU where there is one."""
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
@@ -114,6 +120,7 @@ class LoopConfig:
             ("stop_after_evaluations", 0),
             ("checkpoint_every_steps", 1),
             ("keep_checkpoints", 1),
+            ("keep_every_steps", 0),
             ("max_skipped_steps", 0),
             ("hang_timeout_seconds", 0),
             ("profile_steps", 0),
@@ -131,5 +138,8 @@ class LoopConfig:
             raise ConfigError("warmup_steps", expected=f"fewer than max_steps, {self.max_steps}", received=self.warmup_steps, fix=fix)
         if self.peak_tflops is not None:
             check_above("peak_tflops", self.peak_tflops, 0)
+        if self.keep_every_steps % self.checkpoint_every_steps:
+            expected = f"a multiple of checkpoint_every_steps, {self.checkpoint_every_steps}"
+            raise ConfigError("keep_every_steps", expected=expected, received=self.keep_every_steps)
         if self.max_loss is not None:
             check_above("max_loss", self.max_loss, 0)

@@ -10,7 +10,9 @@ import torch
 from mlenv.errors import CheckpointError
 from mlenv.loops.checkpoint import (
     MANIFEST,
+    Retention,
     add_document,
+    link_checkpoint,
     list_checkpoints,
     load_tensors,
     newest_checkpoint,
@@ -35,7 +37,7 @@ def tensors(value):
 def folder(tmp_path):
     folder = tmp_path / "with a space"
     for step in (1, 2, 3):
-        save_checkpoint(folder, step, tensors(step), {"progress.json": str(step)}, keep=2)
+        save_checkpoint(folder, step, tensors(step), {"progress.json": str(step)}, Retention(newest=2))
     return folder
 
 
@@ -53,10 +55,28 @@ def test_only_the_newest_stay(folder):
     assert sorted(path.name for path in folder.iterdir()) == ["step-00000002", "step-00000003"]
 
 
+def test_of_the_older_ones_those_at_round_steps_stay(tmp_path):
+    names = [f"step-{step:08d}" for step in (5, 10, 15, 20, 25)]
+    assert Retention(newest=2).outdated(names) == names[:3]
+    assert Retention(newest=2, every_steps=10).outdated(reversed(names)) == [names[0], names[2]]
+    assert Retention().outdated(names) == []
+    for step in (1, 2, 3, 4, 5):
+        save_checkpoint(tmp_path, step, tensors(step), {}, Retention(newest=1, every_steps=2))
+    assert [path.name[-1] for path in list_checkpoints(tmp_path)] == ["2", "4", "5"]
+
+
+def test_a_checkpoint_has_a_place_in_another_folder_too(folder):
+    linked = link_checkpoint(folder / "step-00000003", folder.parent / "best")
+    verify(linked)
+    add_document(linked, "more.json", "one")
+    verify(folder / "step-00000003")
+    assert read_document(folder / "step-00000003", "more.json") is None
+
+
 def test_a_killed_save_leaves_no_checkpoint(folder):
     shutil.copytree(folder / "step-00000003", folder / ".step-00000004.part")
     assert newest_checkpoint(folder).name == "step-00000003"
-    save_checkpoint(folder, 4, tensors(4), {}, keep=2)
+    save_checkpoint(folder, 4, tensors(4), {}, Retention(newest=2))
     assert newest_checkpoint(folder).name == "step-00000004"
     assert not (folder / ".step-00000004.part").exists()
 
@@ -98,7 +118,7 @@ def test_other_tensors_are_refused_by_name(folder):
 
 def test_folders_of_other_names_are_no_checkpoints(folder):
     shutil.copytree(folder / "step-00000003", folder / "step-best")
-    save_checkpoint(folder, 4, tensors(4), {}, keep=1)
+    save_checkpoint(folder, 4, tensors(4), {}, Retention(newest=1))
     assert sorted(path.name for path in folder.iterdir()) == ["step-00000004", "step-best"]
 
 
@@ -110,7 +130,7 @@ def test_a_manifest_that_is_none_is_damage(folder, text):
 
 def test_a_save_that_fails_leaves_nothing_behind(folder):
     with pytest.raises(OSError, match="no/such"):
-        save_checkpoint(folder, 4, tensors(4), {"no/such/document": ""}, keep=2)
+        save_checkpoint(folder, 4, tensors(4), {"no/such/document": ""}, Retention(newest=2))
     assert sorted(path.name for path in folder.iterdir()) == ["step-00000002", "step-00000003"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -98,26 +99,42 @@ def test_two_processes_have_the_curve_of_one_and_their_checkpoint_is_read_by_any
 def test_a_process_that_is_killed_costs_no_bit_and_no_row(command, tmp_path, log):
     settings = ["embeddings.engine=torch", "data.num_epochs=3", "model.deep.dropout=0.1"]
     run(command("train", "undisturbed", 2, *settings))
-    process = subprocess.Popen(command("train", "killed", 2, *settings), stderr=subprocess.PIPE, text=True)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    try:
-        while not list_checkpoints(tmp_path / "killed" / "checkpoints"):
-            assert process.poll() is None
-            time.sleep(0.02)
-        os.kill(int(children.read_text().split()[-1]), signal.SIGKILL)
-        said = process.communicate(timeout=300)[1]
-    finally:
-        process.kill()
-    assert process.returncode == 0, said
-    assert "ended with exit code -9; all start again" in said
-    before, after = (list_checkpoints(tmp_path / name / "checkpoints")[-1] for name in ("undisturbed", "killed"))
-    for file in before.glob("*.safetensors"):
-        expected, found = load_file(file), load_file(after / file.name)
-        assert found.keys() == expected.keys()
-        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
-    assert metrics(tmp_path / "undisturbed") == metrics(tmp_path / "killed")
     rows = sum(pq.read_metadata(file).num_rows for day in ("01", "02") for file in (log / f"date=2026-01-{day}").iterdir())
-    assert json.loads((after / PROGRESS).read_text())["examples"] == 3 * rows
+    for launcher, notice in (
+        ("torchrun", "ended with exit code -9; all start again"),
+        ("ray", "ended: A worker health check failed"),
+    ):
+        process = subprocess.Popen(command("train", launcher, 2, *settings, f"launch={launcher}"), stderr=subprocess.PIPE, text=True)
+        try:
+            while not list_checkpoints(tmp_path / launcher / "checkpoints"):
+                assert process.poll() is None
+                time.sleep(0.02)
+            os.kill(trainers(process.pid, launcher)[-1], signal.SIGKILL)
+            said = process.communicate(timeout=300)[1]
+        finally:
+            process.kill()
+        assert process.returncode == 0, said
+        assert notice in said
+        before, after = (list_checkpoints(tmp_path / name / "checkpoints")[-1] for name in ("undisturbed", launcher))
+        for file in before.glob("*.safetensors"):
+            expected, found = load_file(file), load_file(after / file.name)
+            assert found.keys() == expected.keys()
+            assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+        assert metrics(tmp_path / "undisturbed") == metrics(tmp_path / launcher)
+        assert json.loads((after / PROGRESS).read_text())["examples"] == 3 * rows
+
+
+def trainers(launcher_pid: int, launcher: str) -> list[int]:
+    """Processes that train, among all that come from the launcher, the one of the last rank last."""
+    parents = {}
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            parents[int(file.parent.name)] = int(file.read_text().rpartition(")")[2].split()[1])
+    found = [launcher_pid]
+    for parent in found:  # grows while it is walked
+        found += sorted(pid for pid, its_parent in parents.items() if its_parent == parent)
+    mark = {"torchrun": b"mlenv\0train", "ray": b"ray::RayTrainWorker"}[launcher]
+    return [pid for pid in found[1:] if mark in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
 @pytest.mark.slow

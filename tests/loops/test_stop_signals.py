@@ -8,8 +8,10 @@ import threading
 
 import pytest
 
+from mlenv import compose, train
 from mlenv.errors import StoppedError
-from mlenv.loops.stop_signals import STOP_SIGNALS, StopSignals
+from mlenv.loops import stop_signals
+from mlenv.loops.stop_signals import STOP_SIGNALS, StopSignals, forward
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
@@ -51,3 +53,12 @@ def test_another_thread_leaves_the_signals_alone():
     thread.start()
     thread.join()
     assert handlers == [before]
+
+
+def test_a_signal_to_the_launcher_stops_the_training_of_a_worker(demo_arguments, tmp_path, monkeypatch):
+    monkeypatch.setattr(stop_signals, "_forwarded", "")
+    file, *settings = demo_arguments()
+    forward("SIGTERM")
+    with pytest.raises(StoppedError, match="SIGTERM after step 0"):
+        train(compose(file, settings))
+    assert not (tmp_path / "run of a test" / "checkpoints").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import resource
 
 import pytest
@@ -9,17 +10,23 @@ import torch
 
 from mlenv.batch import START
 from mlenv.errors import TrainingError
-from mlenv.loops.checkpoint import list_checkpoints, newest_checkpoint
+from mlenv.loops.checkpoint import Retention, list_checkpoints, newest_checkpoint, verify
 from mlenv.loops.fit import Progress
 from mlenv.loops.journal import Journal
 from mlenv.loops.stop_signals import StopSignals
 from mlenv.loops.train_step import StepOutput
-from mlenv.loops.training_run import RunOptions, TrainingRun
+from mlenv.loops.training_run import PROGRESS, RunOptions, TrainingRun
 
 
 def run_of(folder, values, monitor="click/auc"):
     options = RunOptions(
-        terms=("click/loss",), log_every_steps=1, keep_checkpoints=2, monitor=monitor, total_steps=10, config="a: 1", fingerprints={}
+        terms=("click/loss",),
+        log_every_steps=1,
+        retention=Retention(newest=2),
+        monitor=monitor,
+        total_steps=10,
+        config="a: 1",
+        fingerprints={},
     )
     values = iter(values)
     run = TrainingRun(
@@ -47,10 +54,24 @@ def test_the_best_evaluation_is_kept_and_those_a_checkpoint_goes_on_from(tmp_pat
         progress = run.evaluate(Progress(step, best=progress.best, stale_evaluations=progress.stale_evaluations, decays=progress.decays))
         if step in (3, 6, 7):
             run.save(progress)
+        run.wait()
         kept.append(best(tmp_path))
     # Checkpoint 3 knows of the best step 2, which therefore stays until checkpoints 6 and 7 have taken its place.
     assert kept == [[1], [2], [2], [2, 4], [2, 5], [2, 5], [5]]
     assert (progress.best, progress.stale_evaluations, progress.decays) == (0.9, 2, 3)
+
+
+def test_a_best_model_that_is_a_checkpoint_too_is_written_once(tmp_path):
+    run, _ = run_of(tmp_path, [0.5, 0.4])
+    for step in (1, 2):
+        progress = run.evaluate(Progress(step, best=0.5 if step == 2 else None))
+        run.save(progress)
+    run.wait()
+    files = [sorted((tmp_path / folder / "step-00000001").iterdir()) for folder in ("best", "checkpoints")]
+    assert [file.name for file in files[0]] == [file.name for file in files[1]]
+    assert all(one.samefile(other) for one, other in zip(*files, strict=True))
+    verify(tmp_path / "checkpoints" / "step-00000001")
+    assert json.loads((tmp_path / "checkpoints" / "step-00000002" / PROGRESS).read_text())["stale_evaluations"] == 1
 
 
 def test_a_killed_run_forgets_the_best_of_lost_steps_and_still_has_the_one_before(tmp_path):
@@ -58,10 +79,12 @@ def test_a_killed_run_forgets_the_best_of_lost_steps_and_still_has_the_one_befor
     progress = run.evaluate(Progress(1))
     run.save(progress)
     run.evaluate(Progress(2, best=progress.best))
+    run.wait()
     assert best(tmp_path) == [1, 2]
     again, progress = run_of(tmp_path, [0.45, 0.55])
     assert (progress, best(tmp_path)) == (Progress(1, best=0.5), [1])
     progress = again.evaluate(Progress(2, best=progress.best))
+    again.wait()
     assert (progress.stale_evaluations, best(tmp_path)) == (1, [1])
 
 
@@ -70,6 +93,7 @@ def test_lower_is_better_where_it_is_and_nothing_is_kept_without_a_monitor(tmp_p
     run, progress = run_of(tmp_path / "loss", [0.5, 0.6], monitor="click/log_loss")
     for step in (1, 2):
         progress = run.evaluate(Progress(step, best=progress.best))
+    run.wait()
     assert best(tmp_path / "loss") == [1]
     run, _ = run_of(tmp_path, [0.5], monitor="")
     assert run.evaluate(Progress(1)) == Progress(1)
@@ -102,6 +126,7 @@ def test_a_full_disk_costs_a_checkpoint_with_one_warning_and_no_line_of_the_jour
     output = StepOutput(4, START, torch.ones(1), torch.ones(1))
     run.log(Progress(1), output)
     run.save(Progress(1))
+    run.wait()
     full_disk(True)
     for step in (2, 3):
         run.log(Progress(step), output)
@@ -121,11 +146,18 @@ def test_a_full_disk_costs_a_checkpoint_with_one_warning_and_no_line_of_the_jour
 
 
 def test_a_best_model_that_cannot_be_written_stops_the_training(tmp_path, full_disk):
-    run, _ = run_of(tmp_path, [0.5])
+    run, _ = run_of(tmp_path, [0.5, 0.5])
     full_disk(True)
     with pytest.raises(TrainingError, match="step 1: the best model cannot be written"):
-        run.evaluate(Progress(1))
+        run.evaluate(Progress(1))  # the journal cannot either, and that is known at once
     full_disk(False)
+    (tmp_path / "best").write_text("in the way")
+    progress = run.evaluate(Progress(1))
+    run.save(progress)
+    with pytest.raises(TrainingError, match="step 1: the best model cannot be written"):
+        run.finish(progress)
+    assert list_checkpoints(tmp_path / "checkpoints") == []
+    (tmp_path / "best").unlink()
     assert best(tmp_path) == []
 
 
