@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from mlenv.errors import CheckpointError
-from mlenv.loops.ranks import any_rank, is_main, rank, wait_for_all, world_size
+from mlenv.loops.ranks import any_rank, is_main, rank, world_size
 from mlenv.loops.safetensors_writer import write_shards
 
 logger = logging.getLogger(__name__)
@@ -104,19 +104,20 @@ def _place(folder: Path, name: str, fill: Callable[[Path], None], retention: Ret
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
 
+    def complete() -> None:
+        if is_main():
+            shutil.rmtree(final, ignore_errors=True)
+            temporary.rename(final)
+            _sync(folder)
+            for old in retention.outdated(path.name for path in list_checkpoints(folder)):
+                shutil.rmtree(folder / old)
+
     try:
-        for part in (begin, partial(fill, temporary)):
+        for part in (begin, partial(fill, temporary), complete):
             together(part, group)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)  # on a full disk it would be in the way of the next try
         raise
-    if is_main():
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
-        _sync(folder)
-        for old in retention.outdated(path.name for path in list_checkpoints(folder)):
-            shutil.rmtree(folder / old)
-    wait_for_all(group)
     return final
 
 

@@ -109,7 +109,8 @@ def test_a_killed_training_ends_as_if_it_had_never_been_killed(demo_arguments, t
     command = [sys.executable, "-m", "mlenv", "train", *demo_arguments(*settings, output="killed")]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     journal = tmp_path / "killed" / "metrics.jsonl"
-    while not (journal.exists() and b'"step": 15,' in journal.read_bytes()):
+    # The checkpoint of step 10 is written while the steps go on.
+    while not (journal.exists() and b'"step": 15,' in journal.read_bytes() and list_checkpoints(tmp_path / "killed" / "checkpoints")):
         assert process.poll() is None, process.stderr.read().decode()
         time.sleep(0.002)
     os.kill(process.pid, signal.SIGKILL)

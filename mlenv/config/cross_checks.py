@@ -157,6 +157,11 @@ def _table_optimizer_problems(config: ExperimentConfig) -> Iterator[MlenvError]:
             key, expected = "embeddings.communication_precision", "fp32, because the engine torch sends no vectors"
             yield ConfigError(key, expected=expected, received=embeddings.communication_precision, fix="set embeddings.engine to torchrec")
         return
+    for name in tables:
+        own, key = embeddings.of(name), f"embeddings.tables.{name}.sharding"
+        if own.optimizer == "row_wise_adagrad" and own.sharding == "column_wise":
+            expected = "table_wise or row_wise, because row-wise Adagrad keeps one number per row, which parts of a row cannot share"
+            yield ConfigError(key, expected=expected, received=own.sharding, fix="or give the table the optimizer sgd")
     fix = "set embeddings.engine to torch"
     for key, options in named.items():
         if options.optimizer == "adam":
@@ -194,6 +199,8 @@ def _compilation_problems(config: ExperimentConfig) -> Iterator[MlenvError]:
     for key in (key for key, is_watching in watched.items() if is_watching and mode != "none"):
         expected = f"none, because {key} watches layers from outside, and a compiled model has none"
         yield ConfigError("loop.compile", expected=expected, received=mode)
+    if mode != "none" and config.loop.strategy == "fsdp":
+        yield ConfigError("loop.compile", expected="none with loop.strategy=fsdp, which gathers each part while it computes", received=mode)
     if mode == "cuda_graphs" and config.loop.accumulate_batches > 1:
         expected = "none or kernels with loop.accumulate_batches, because a graph writes each batch's gradients over those before"
         yield ConfigError("loop.compile", expected=expected, received=mode)
