@@ -33,13 +33,17 @@ from mlenv.loops.bad_step import bad_step_folder, save_bad_step
 from mlenv.loops.calibration import CALIBRATORS_FILE, Calibrator, calibrators_from_json, calibrators_to_json, fit_calibrators
 from mlenv.loops.checkpoint import Retention, add_document, list_checkpoints, load_tensors, read_document, verify
 from mlenv.loops.checkpoint_store import CheckpointStore
+from mlenv.loops.compilation import COMPILATION_FILE, Compilation, compile_dense_part
 from mlenv.loops.evaluate import evaluate, score
 from mlenv.loops.fit import Progress
 from mlenv.loops.guarded_step import GuardedStep
 from mlenv.loops.learning_rate import LearningRates, schedule_of
 from mlenv.loops.optimizers import build_table_optimizers, dense_parameters, options_of_tables
 from mlenv.loops.ranks import Shares, all_ranks, from_main, is_main, rank, share, started_by_launcher, wait_for_all, world_size
+from mlenv.loops.read_ahead import ReadAheadStep
 from mlenv.loops.sharding import constraints_of, fill_tables, fuse_optimizers
+from mlenv.loops.step_meter import StepMeter, peak_tflops
+from mlenv.loops.step_profile import PROFILE_FOLDER, WARM_UP_STEPS, ProfiledStep, StepProfile
 from mlenv.loops.step_statistics import step_statistics
 from mlenv.loops.stop_signals import StopSignals
 from mlenv.loops.strategy import TorchRecStrategy
@@ -52,6 +56,7 @@ from mlenv.loops.weight_average import WeightAverage
 from mlenv.modules import ENGINES, NumericNormalization, Objective, gate_gauges
 from mlenv.modules.distillation import Teach
 from mlenv.page import write_whole
+from mlenv.profile_page import PROFILE_PAGE, limit_of, render_profile
 from mlenv.schema import Schema
 from mlenv.teacher import Teacher, teacher_of
 from mlenv.tracking import MlflowTracker, run_tags
@@ -71,6 +76,7 @@ NAMED_FACTS = 25
 _MAY_CHANGE = (
     *("name", "output", "tracking.", "checks.", "calibration.", "data.path", "data.test", "data.workers.", "launch.", "job."),
     *("loop.log_every_steps", "loop.checkpoint_every_steps", "loop.keep_checkpoints", "loop.stop_after_evaluations", "loop.device"),
+    *("loop.compile", "loop.read_ahead", "loop.peak_tflops", "loop.profile_steps"),
     *("loop.on_bad_loss", "loop.max_loss", "loop.max_skipped_steps", "loop.hang_timeout_seconds", "loop.keep_every_steps"),
     "loop.checkpoint_url",
     "data.content_hash",
@@ -131,6 +137,7 @@ class Experiment:
         self._sees_every_loss = sees_loss_for_free(self.fabric.device) if sees_every_loss is None else sees_every_loss
         self._sources: dict[Split, ParquetSource] = {}
         self._loaded: Path | None = None
+        self._profiled: ProfiledStep | None = None
         self._threads_before = torch.get_num_threads()
         if "OMP_NUM_THREADS" not in os.environ:
             processes, decoding = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), config.data.workers.local_threads
@@ -191,21 +198,44 @@ class Experiment:
             return Objective(config, tasks, model, teach=self.teach, num_steps=self.total_steps, probe=probe).to(device)
 
     @cached_property
-    def step(self) -> TrainStep:
+    def compilation(self) -> Compilation | None:
+        """What came of compiling the model behind its embeddings, which is done here; None without ``loop.compile``."""
+        mode = self.config.loop.compile
+        if mode == "none":
+            return None
+        if mode == "cuda_graphs" and self.fabric.device.type != "cuda":
+            fix = "set it to kernels, or loop.device to cuda"
+            raise ConfigError("loop.compile", expected="none or kernels on a CPU", received=mode, fix=fix)
+        probe = example_batch(self.schema, self.config.data.batch_size).to(self.fabric.device)
+        return compile_dense_part(self.model, probe, mode, self.fabric.autocast)
+
+    @cached_property
+    def step(self) -> StepMeter:
         """One step of training."""
+        _ = self.compilation
         whole_tables = [table for table, options in options_of_tables(self.model, self.config.embeddings) if options.optimizer == "adam"]
         clip = [*self._dense_parameters, *whole_tables], self.config.optimizer.gradient_clip_norm
         rates, schedule = None, schedule_of(self.config.loop, self.total_steps)
         if schedule is not None:
             rates = LearningRates(self.optimizers, getattr(self.model, "fused_optimizer", None), schedule)
         accumulated = self.config.loop.accumulate_batches
-        empty = example_batch(self.schema, num_rows=0)
-        step = EagerStep(
-            self.fabric, self.model, self.optimizers, self.objective, clip, rates, self.shares, empty, self.average, accumulated
+        filler = example_batch(self.schema)  # two rows: TorchRec's sequences take no fewer than one, batch normalization than two
+        step: TrainStep = EagerStep(
+            self.fabric, self.model, self.optimizers, self.objective, clip, rates, self.shares, filler, self.average, accumulated
         )
-        if not self._sees_every_loss:
-            return step
-        return GuardedStep(step, self.model, self.objective, self.optimizers, self.config.loop, self._keep_bad_step, empty)
+        if self._sees_every_loss:
+            step = GuardedStep(step, self.model, self.objective, self.optimizers, self.config.loop, self._keep_bad_step, filler)
+        reads_ahead = self.config.loop.read_ahead
+        if reads_ahead or (reads_ahead is None and self.fabric.device.type == "cuda"):
+            step = ReadAheadStep(step, self.model, self.objective, self.fabric.device, filler, self.total_steps, accumulated)
+        if looked_at := self.config.loop.profile_steps:
+            if self.total_steps < WARM_UP_STEPS + looked_at:
+                expected = f"at most {max(self.total_steps - WARM_UP_STEPS, 0)}, so that the training is long enough"
+                raise ConfigError("loop.profile_steps", expected=expected, received=looked_at)
+            self._profiled = ProfiledStep(step, looked_at, self.fabric.device, self.output / PROFILE_FOLDER, self._keep_profile)
+            step = self._profiled
+        peak = peak_tflops(self.fabric.device, self.config.loop.precision, self.config.loop.peak_tflops)
+        return StepMeter(step, self.model, self.fabric.device, filler, peak)
 
     @cached_property
     def shares(self) -> Shares:
@@ -415,6 +445,8 @@ class Experiment:
             for split, source in self._sources.items()
             for join in source.joins.values()
         }
+        if (compilation := self.__dict__.get("compilation")) is not None:
+            prints["compilation"] = str(compilation)
         if "model" in self.__dict__ and world_size() > 1:
             prints["tables"] = "; ".join(f"{table} {placement}" for table, placement in self.placements.items())
         return {**windows, **prints, "device": str(self.fabric.device), **run_tags()}
@@ -432,6 +464,8 @@ class Experiment:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._signals.__exit__(kind, error, trace)
+        if self._profiled is not None:
+            self._profiled.close()
         torch.set_num_threads(self._threads_before)
         if "run" in self.__dict__:
             self.run.close()
@@ -493,8 +527,14 @@ class Experiment:
             return f"{statistics.origin}; the step could not be kept in {folder} ({error})"
         return f"{statistics.origin}; kept in {folder}, for mlenv.replay"
 
+    def _keep_profile(self, profile: StepProfile) -> None:
+        folder = self.output / PROFILE_FOLDER
+        write_whole(render_profile(profile, self.config.name), folder / PROFILE_PAGE)
+        self.keep(folder)
+        logger.info("%s: %s", folder / PROFILE_PAGE, limit_of(profile))
+
     def _gauges(self) -> dict[str, float]:
-        return {**self.objective.gauges(), **gate_gauges(self.model)}
+        return {**self.objective.gauges(), **gate_gauges(self.model), **self.step.gauges()}
 
     def _begin(self) -> None:
         """Prepares a model that starts from nothing, or from the weights of another one."""
@@ -607,6 +647,8 @@ class Experiment:
         write_whole(json.dumps(placements, indent=2), self.output / SHARDING)
         if joins := {split: source.joins for split, source in self._sources.items() if source.joins}:
             write_whole(json.dumps(joins, indent=2), self.output / JOINS)
+        if self.compilation is not None:
+            write_whole(json.dumps(dataclasses.asdict(self.compilation), indent=2), self.output / COMPILATION_FILE)
         if self._taken is not None:
             write_whole(self._taken.to_json(), self.output / WARM_START)
         tracking = self.config.tracking
@@ -620,11 +662,14 @@ class Experiment:
         self._tracker.log_inputs(mlflow_inputs(self.dataset))
         self.keep(self.output / CONFIG)
         self.keep(self.output / DATASET_FILE)
-        self.keep(self.output / SHARDING)
-        if joins:
-            self.keep(self.output / JOINS)
-        if self._taken is not None:
-            self.keep(self.output / WARM_START)
+        for name, is_there in (
+            (SHARDING, True),
+            (JOINS, bool(joins)),
+            (COMPILATION_FILE, self.compilation is not None),
+            (WARM_START, self._taken is not None),
+        ):
+            if is_there:
+                self.keep(self.output / name)
 
 
 def _divides_a_table(key: str) -> bool:
@@ -644,7 +689,7 @@ def _fabric(config: ExperimentConfig) -> Fabric:
     strategy: str | TorchRecStrategy = "auto"
     if is_launched or embeddings.engine == "torchrec":
         constraints = constraints_of(embeddings, _dims(config.schema), num_processes) if embeddings.engine == "torchrec" else None
-        strategy = TorchRecStrategy(constraints, dense="fsdp" if loop.strategy == "fsdp" else "ddp")
+        strategy = TorchRecStrategy(constraints, "fsdp" if loop.strategy == "fsdp" else "ddp", embeddings.communication_precision)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)  # which processes there are, the log says already
     return Fabric(
         accelerator=loop.device,
