@@ -30,6 +30,7 @@ def occupy(output: Path) -> IO[str]:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
+        lock.close()
         raise MlenvError(f"{output}: another training is writing here. Fix: wait for it, or set output to another folder.") from error
     return lock
 
