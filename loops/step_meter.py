@@ -111,13 +111,15 @@ def forward_flops(model: nn.Module, batch: Batch) -> int:
     finally:
         model.train(was_training)
         put_back(buffers, before)
-    return counter.flops
+    return int(counter.flops)
 
 
-class _Counter(TorchDispatchMode):
+class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """PyTorch's FlopCounterMode without its hooks on every module, which TorchRec's lookups on several processes do not bear."""
 
-    flops = 0
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.flops = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
         named = named or {}
