@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from mlenv.batch import Batch, Position
-from mlenv.errors import ConfigError
 from mlenv.loops.learning_rate import LearningRates
 from mlenv.loops.ranks import Shares, average_gradients, clip_gradients, summed, world_size
 from mlenv.loops.weight_average import WeightAverage
+from mlenv.modules.logits import check_logits
 from mlenv.modules.objective import Losses, Objective
 
 if TYPE_CHECKING:
@@ -149,10 +149,3 @@ def share_of_rank(weights: Tensor) -> Tensor | float:
         weights: ``(tasks,)``, sum of those of its labels.
     """
     return 1.0 if world_size() == 1 else torch.nan_to_num(world_size() * weights / summed(weights))
-
-
-def check_logits(logits: Tensor, batch: Batch) -> None:
-    """Raises ConfigError unless a model gives one logit per example and task."""
-    if logits.shape != batch.labels.shape:
-        expected = f"logits of shape (batch, tasks) = {tuple(batch.labels.shape)}"
-        raise ConfigError("model", expected=expected, received=tuple(logits.shape), fix="return one column per task of schema.labels")

@@ -12,9 +12,9 @@ from mlenv.batch import Extra, example_batch
 from mlenv.config import EmbeddingsConfig, ExperimentConfig
 from mlenv.datasets.parquet_source import NoFilesError, ParquetSource
 from mlenv.loops.compilation import owner_of_dense_part
-from mlenv.loops.train_step import check_logits
 from mlenv.modules import Objective, TorchEmbeddings
 from mlenv.modules.distillation import Teach
+from mlenv.modules.logits import check_logits
 from mlenv.schema import Table
 
 
