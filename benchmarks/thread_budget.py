@@ -19,7 +19,7 @@ NUM_EMBEDDINGS, REPETITIONS, SECONDS, TARGET = 10_000, 5, 3.0, 0.8
 
 def measure(folder: Path) -> Result:
     write_set(folder, 8 * 65_536, NUM_EMBEDDINGS)
-    training = ["-m", "benchmarks.mlenv_training", "deepfm", "32-true", str(folder / "part-00000.parquet"), str(NUM_EMBEDDINGS)]
+    training = ["-m", "benchmarks.mlenv_training", "deepfm", "32-true", "none", str(folder / "part-00000.parquet"), str(NUM_EMBEDDINGS)]
     two = set(sorted(os.sched_getaffinity(0))[:2])
     with ExitStack() as stack:
 
