@@ -33,6 +33,18 @@ def test_a_step_goes_on_while_what_was_before_it_is_written(tmp_path):
     writer.close()
 
 
+def test_the_memory_of_a_copy_is_used_again():
+    writer = CheckpointWriter()
+    tensors = {"weight": torch.ones(3), "state": torch.ones(2)}
+    before = dict(writer.copied(tensors))
+    tensors = {"weight": torch.full((3,), 2.0), "state": torch.zeros(4)}
+    after = writer.copied(tensors)
+    assert after["weight"] is before["weight"]
+    assert [after[name].tolist() for name in tensors] == [[2, 2, 2], [0, 0, 0, 0]]
+    assert after["weight"] is not tensors["weight"]
+    writer.close()
+
+
 def test_a_failure_is_told_to_whom_it_concerns_and_another_error_to_all():
     writer, outcomes = CheckpointWriter(), []
 
@@ -71,6 +83,7 @@ def test_a_rank_with_several_shards_of_a_table_writes_them_all(tmp_path, alone):
     writer.wait()
     writer.close()
     assert len(list((tmp_path / "step-00000001").glob("*.safetensors"))) == 2
+    assert torch.equal(writer.copied({"table": table})["table"].local_shards()[0].tensor, torch.zeros(4, 2))
     loaded = {"table": torch.zeros(4, 4), "flags": torch.zeros(2, dtype=torch.bool)}
     load_tensors(tmp_path / "step-00000001", loaded)
     assert torch.equal(loaded["table"], whole)
