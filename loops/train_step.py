@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Protocol
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 from mlenv.batch import Batch, Position
 from mlenv.errors import ConfigError
 from mlenv.loops.learning_rate import LearningRates
-from mlenv.loops.ranks import Shares, average_gradients, summed, world_size
+from mlenv.loops.ranks import Shares, average_gradients, clip_gradients, summed, world_size
+from mlenv.loops.strategy import without_synchronization
 from mlenv.loops.weight_average import WeightAverage
 from mlenv.modules.objective import Losses, Objective
 
@@ -83,10 +85,11 @@ class EagerStep:
     def advance(self, batches: Iterator[Batch], progress: Progress) -> StepOutput | None:
         """Trains on the next batch, or the next few; None when no rank has one."""
         group = list(islice(batches, self._num_batches))
-        if not group:
-            if progress.step >= self._shares.num_steps:
-                return None
-            group = [replace(self._filler, position=progress.position)]
+        if not group and progress.step >= self._shares.num_steps:
+            return None
+        # Of several ranks each runs as many passes, because they wait for each other in them.
+        missing = max((1 if world_size() == 1 else self._num_batches) - len(group), 0)
+        group += [replace(self._filler, position=group[-1].position if group else progress.position)] * missing
         if not self._model.training:  # setting it walks through all modules, which a small model would feel at every step
             self._model.train()
         if self._rates is not None:
@@ -95,7 +98,7 @@ class EagerStep:
         average_gradients(self._objective.parameters())
         parameters, norm = self._clip
         if norm:
-            nn.utils.clip_grad_norm_(parameters, norm)
+            clip_gradients(parameters, norm)
         for optimizer in self._optimizers:
             optimizer.step()
             optimizer.zero_grad()
@@ -112,13 +115,15 @@ class EagerStep:
             return StepOutput(num_examples, group[0].position, losses.terms, losses.weights)
         weights = torch.stack([batch.weights.sum(0) for batch in group])  # on the host, where the batches come from
         total = weights.sum(0)
-        shares = weights / total.masked_fill(total == 0, 1)
-        terms = torch.zeros_like(total, device=self._fabric.device)
-        for batch, share in zip(group, shares.to(self._fabric.device), strict=True):
-            losses = self._losses(batch)
-            self._objective.backward(replace(losses, tasks=losses.tasks * share), self._fabric.backward)
+        shares = (weights / total.masked_fill(total == 0, 1)).to(self._fabric.device)
+        total = total.to(self._fabric.device)
+        terms, of_all = torch.zeros_like(total), share_of_rank(total)
+        for place, (batch, share) in enumerate(zip(group, shares, strict=True), start=1):
+            with nullcontext() if place == len(group) else without_synchronization(self._model):
+                losses = self._losses(batch)
+                self._objective.backward(replace(losses, tasks=losses.tasks * share * of_all), self._fabric.backward)
             terms += losses.terms * share
-        return StepOutput(num_examples, group[-1].position, terms, total.to(self._fabric.device))
+        return StepOutput(num_examples, group[-1].position, terms, total)
 
     def _losses(self, batch: Batch) -> Losses:
         batch = batch.to(self._fabric.device, non_blocking=True)
@@ -133,9 +138,16 @@ def over_all_ranks(losses: Losses, batch: Batch) -> Losses:
     """Losses whose average over the ranks is the mean over the examples of all: those of a rank count by the weights of its labels."""
     if world_size() == 1:
         return losses
-    weights = batch.weights.sum(0).to(losses.tasks.device)
-    share = world_size() * weights / summed(weights)
-    return replace(losses, tasks=losses.tasks * torch.nan_to_num(share))
+    return replace(losses, tasks=losses.tasks * share_of_rank(batch.weights.sum(0).to(losses.tasks.device)))
+
+
+def share_of_rank(weights: Tensor) -> Tensor | float:
+    """What the losses of this rank count for where gradients are averaged over the ranks; 1 on average.
+
+    Args:
+        weights: ``(tasks,)``, sum of those of its labels.
+    """
+    return 1.0 if world_size() == 1 else torch.nan_to_num(world_size() * weights / summed(weights))
 
 
 def check_logits(logits: Tensor, batch: Batch) -> None:

@@ -17,14 +17,15 @@ from typing import IO, Any, Literal, Self, get_args
 import torch
 import torch.distributed
 from lightning.fabric import Fabric
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from omegaconf import OmegaConf
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
-from mlenv.batch import Batch, Extra, example_batch
+from mlenv.batch import Batch, Extra, Position, example_batch
 from mlenv.composition import from_plain, leaves, to_plain, to_yaml
 from mlenv.config import BALANCES, CALIBRATORS, ExperimentConfig
 from mlenv.dataset_record import DATASET_FILE, DatasetRecord, check_same_content, mlflow_inputs, read_dataset_record, record_dataset
+from mlenv.datasets.division import Division, divide_anew, division_from
 from mlenv.datasets.parquet_source import ParquetSource
 from mlenv.errors import CheckpointError, ConfigError, MlenvError
 from mlenv.kinds import kind_of
@@ -37,14 +38,16 @@ from mlenv.loops.fit import Progress
 from mlenv.loops.guarded_step import GuardedStep
 from mlenv.loops.learning_rate import LearningRates, schedule_of
 from mlenv.loops.optimizers import build_table_optimizers, dense_parameters, options_of_tables
-from mlenv.loops.ranks import Shares, all_ranks, is_main, join_group, rank, share, started_by_launcher, wait_for_all, world_size
-from mlenv.loops.sharding import shard
+from mlenv.loops.ranks import Shares, all_ranks, from_main, is_main, rank, share, started_by_launcher, wait_for_all, world_size
+from mlenv.loops.sharding import constraints_of, fill_tables, fuse_optimizers
 from mlenv.loops.step_statistics import step_statistics
 from mlenv.loops.stop_signals import StopSignals
+from mlenv.loops.strategy import TorchRecStrategy
+from mlenv.loops.table_memory import TablePlacement, check_memory, free_bytes, replicated
 from mlenv.loops.thread_budget import available_cores, compute_threads
 from mlenv.loops.train_step import EagerStep, TrainStep
-from mlenv.loops.training_run import BEST_FOLDER, CHECKPOINT_FOLDER, CONFIG, PROGRESS, RunOptions, TrainingRun
-from mlenv.loops.training_state import model_tensors, optimizer_tensors, parameter_names, random_tensors
+from mlenv.loops.training_run import BEST_FOLDER, CHECKPOINT_FOLDER, CONFIG, PROGRESS, RunOptions, TrainingRun, newest_to_go_on_from
+from mlenv.loops.training_state import changing_buffers, model_tensors, optimizer_tensors, parameter_names, random_tensors
 from mlenv.loops.weight_average import WeightAverage
 from mlenv.modules import ENGINES, NumericNormalization, Objective, gate_gauges
 from mlenv.modules.distillation import Teach
@@ -71,11 +74,16 @@ _MAY_CHANGE = (
     *("loop.on_bad_loss", "loop.max_loss", "loop.max_skipped_steps", "loop.hang_timeout_seconds", "loop.keep_every_steps"),
     "loop.checkpoint_url",
     "data.content_hash",
+    "loop.strategy",
+    "embeddings.sharding",
 )
 """Keys that a resumed training may set anew; any other would make it another model."""
 
 JOINS = "joins.json"
 """What the joins of a training found, by window."""
+
+SHARDING = "sharding.json"
+"""Where each table lies, what of it on which rank, with how many bytes."""
 
 _HEADER = "# What mlenv composed of defaults, files and overrides.\n"
 
@@ -111,17 +119,15 @@ class Experiment:
         if not self.output.parent.is_dir():
             fix = f"mkdir -p '{self.output.parent}', or set output to a folder elsewhere"
             raise ConfigError("output", expected="a folder whose parent exists", received=str(self.output), fix=fix)
-        self._started_process_group = join_group("nccl" if config.loop.device != "cpu" and torch.cuda.is_available() else "gloo")
         self._lock: IO[str] | None = None
         self._tracker: MlflowTracker | None = None
         self._signals = StopSignals()
         if config.loop.device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("loop.device", expected="a device of this machine", received="cuda", fix="set it to auto or cpu")
-        devices: int | list[int] = 1
-        if started_by_launcher() and config.loop.device != "cpu" and torch.cuda.is_available():
-            devices = [int(os.environ["LOCAL_RANK"])]
-            torch.cuda.set_device(devices[0])
-        self.fabric = Fabric(accelerator=config.loop.device, devices=devices, precision=config.loop.precision)
+        was_in_group = torch.distributed.is_initialized()
+        self.fabric = _fabric(config)
+        self.fabric.launch()
+        self._started_process_group = torch.distributed.is_initialized() and not was_in_group
         self._sees_every_loss = sees_loss_for_free(self.fabric.device) if sees_every_loss is None else sees_every_loss
         self._sources: dict[Split, ParquetSource] = {}
         self._loaded: Path | None = None
@@ -135,18 +141,29 @@ class Experiment:
     def model(self) -> nn.Module:
         """The model, as it is trained: on its device, its TorchRec tables sharded."""
         config = self.config
+        strategy, device = self.fabric.strategy, self.fabric.device
+        if config.embeddings.engine == "torch":
+            check_memory(self.placements, free_bytes(device))
         embeddings = ENGINES[config.embeddings.engine](self.schema, config.embeddings, config.seed)
         torch.manual_seed(config.seed)
         model = config.model.build(self.schema, embeddings)
         if config.embeddings.engine == "torchrec":
-            self._started_process_group |= not torch.distributed.is_initialized()
-            model = shard(model, config.embeddings, self.fabric.device, config.seed)
+            fuse_optimizers(model, config.embeddings)
+            model = strategy.setup_module(model)
+            fill_tables(model, config.embeddings, _dims(self.schema), config.seed)
         else:
-            model = model.to(self.fabric.device)
-            if world_size() > 1:
-                model = DistributedDataParallel(model)
+            model = strategy.setup_module(model.to(device))
         torch.manual_seed(config.seed + rank())  # building may draw more or fewer numbers; training starts from the same
         return model
+
+    @property
+    def placements(self) -> dict[str, TablePlacement]:
+        """Where each table lies."""
+        if self.config.embeddings.engine == "torch":
+            return replicated(self.schema.tables, self.config.embeddings)
+        _ = self.model
+        assert isinstance(self.fabric.strategy, TorchRecStrategy)
+        return self.fabric.strategy.placements
 
     @cached_property
     def teach(self) -> Teach | None:
@@ -182,24 +199,50 @@ class Experiment:
         if schedule is not None:
             rates = LearningRates(self.optimizers, getattr(self.model, "fused_optimizer", None), schedule)
         accumulated = self.config.loop.accumulate_batches
-        if world_size() > 1 and accumulated > 1:
-            received = f"{accumulated} with {world_size()} processes"
-            raise ConfigError(
-                "loop.accumulate_batches", expected="1 with several processes", received=received, fix="train with more processes"
-            )
         empty = example_batch(self.schema, num_rows=0)
         step = EagerStep(
             self.fabric, self.model, self.optimizers, self.objective, clip, rates, self.shares, empty, self.average, accumulated
         )
         if not self._sees_every_loss:
             return step
-        return GuardedStep(step, self.model, self.objective, self.optimizers, self.config.loop, self._keep_bad_step)
+        return GuardedStep(step, self.model, self.objective, self.optimizers, self.config.loop, self._keep_bad_step, empty)
 
     @cached_property
     def shares(self) -> Shares:
         """How the training rows are divided over the processes and their steps."""
-        rows = all_ranks((self.source("train").num_own_rows,))
-        return Shares(tuple(own for (own,) in rows), self.config.data.batch_size * self.config.loop.accumulate_batches)
+        source = self.source("train")
+        source.division = self.division
+        if is_main() and len(source.row_groups) < world_size():
+            fix = "write smaller row groups, or train with fewer processes"
+            logger.warning(
+                "data.train: %d row groups for %d processes: the others train on empty batches. Fix: %s.",
+                len(source.row_groups),
+                world_size(),
+                fix,
+            )
+        rows = tuple(own for (own,) in all_ranks((source.num_own_rows,)))
+        return Shares(rows, self.config.data.batch_size * self.config.loop.accumulate_batches, self.division.step)
+
+    @cached_property
+    def division(self) -> Division:
+        """How the training rows are divided: anew where the checkpoint to go on from is of another number of processes."""
+        if self._newest is None:
+            return Division()
+        record = json.loads((self._newest / PROGRESS).read_text())
+        before, positions = division_from(record.get("division")), [Position(*position) for position in record["position"]]
+        if len(positions) == world_size():
+            return before
+        return divide_anew(before, positions, record["step"], world_size(), self.source("train").rows_of_windows)
+
+    @cached_property
+    def _newest(self) -> Path | None:
+        """The checkpoint that the training goes on from; only rank 0 reads all of it, to verify it."""
+        found = None
+        if is_main() and (self.store is not None or self.output.exists()):
+            self._occupy()
+            found = newest_to_go_on_from(self.output, self.store, self._check_resumable)
+        path = from_main(str(found or ""))
+        return Path(path) if path else None
 
     @cached_property
     def average(self) -> WeightAverage | None:
@@ -252,10 +295,13 @@ class Experiment:
             fingerprints={"training data": source.fingerprint, **self._teacher_fingerprint, **self._warm_start_fingerprint},
             max_loss=loop.max_loss,
             hang_timeout_seconds=loop.hang_timeout_seconds,
+            division=self.division,
+            seed=self.config.seed,
         )
         return TrainingRun(
             self.output,
             options,
+            find=lambda: self._newest,
             state=self._tensors,
             begin=self._begin,
             check=self._check_resumable,
@@ -369,6 +415,8 @@ class Experiment:
             for split, source in self._sources.items()
             for join in source.joins.values()
         }
+        if "model" in self.__dict__ and world_size() > 1:
+            prints["tables"] = "; ".join(f"{table} {placement}" for table, placement in self.placements.items())
         return {**windows, **prints, "device": str(self.fabric.device), **run_tags()}
 
     @property
@@ -426,6 +474,7 @@ class Experiment:
         return {**model_tensors(self.model), **{name: tensor for name, tensor in state.items() if not name.startswith(OBJECTIVE_STATE)}}
 
     def _tensors(self) -> dict[str, Any]:
+        self._agree_on_buffers()
         objective = {f"objective.{name}": tensor for name, tensor in self.objective.state_dict().items()}
         names = parameter_names(self.model, self.objective)
         averaged = {} if self.average is None else self.average.tensors()
@@ -472,7 +521,12 @@ class Experiment:
                     reader.close()
                 share(module.buffers())
 
+    def _agree_on_buffers(self) -> None:
+        """What each process has followed by itself, such as the means of a batch normalization, becomes that of the first."""
+        share(changing_buffers(self.model, self.objective))
+
     def _validate(self) -> dict[str, float]:
+        self._agree_on_buffers()
         with nullcontext() if self.average is None else self.average.in_place():
             return evaluate(self.model, self.source("validation")).metrics
 
@@ -509,10 +563,18 @@ class Experiment:
         loop, taught = self.config.loop, self.config.objective.distillation
         follows_length = loop.learning_rate_decay in ("linear", "cosine") or (taught is not None and taught.final_weight is not None)
         may_change = _MAY_CHANGE + (() if follows_length else _LENGTH) + (() if loop.monitor else _VALIDATION)
+        progress = checkpoint / PROGRESS  # not there yet where the checkpoint is still to be fetched
+        num_before = len(json.loads(progress.read_text())["position"]) if progress.exists() else 0
+        if num_before != world_size():  # which may keep the examples of a step, over all ranks, or take the chance to change them
+            may_change += ("data.batch_size",)
+            if num_before and (total := num_before * before["data.batch_size"]) != (total_now := world_size() * now["data.batch_size"]):
+                logger.warning(
+                    "a step had %d examples over %d processes, and has %d over %d now", total, num_before, total_now, world_size()
+                )
         changed = [
             f"{key}: {before.get(key)!r} became {now.get(key)!r}"
             for key in {**before, **now}
-            if before.get(key) != now.get(key) and not key.startswith(("schema.", *may_change))
+            if before.get(key) != now.get(key) and not key.startswith(("schema.", *may_change)) and not _divides_a_table(key)
         ]
         if changed:
             fix = "put them back, or train in another output folder"
@@ -526,6 +588,8 @@ class Experiment:
         if (self.output.exists() and not self.output.is_dir()) or (written.exists() and not written.read_text().startswith(_HEADER)):
             received = f"a file {CONFIG} of your own" if written.exists() else "a file"
             raise ConfigError("output", expected="a folder for the run alone", received=received, fix="set output to another folder")
+        if self._lock is not None:
+            return
         self.output.mkdir(exist_ok=True)
         self._lock = (self.output / ".lock").open("w")
         try:
@@ -539,6 +603,8 @@ class Experiment:
         """Writes the config and begins the tracked run, once it is certain that the training goes on."""
         write_whole(self.dataset.to_json(), self.output / DATASET_FILE)
         write_whole(_HEADER + to_yaml(self.config), self.output / CONFIG)
+        placements = {table: dataclasses.asdict(placement) for table, placement in self.placements.items()}
+        write_whole(json.dumps(placements, indent=2), self.output / SHARDING)
         if joins := {split: source.joins for split, source in self._sources.items() if source.joins}:
             write_whole(json.dumps(joins, indent=2), self.output / JOINS)
         if self._taken is not None:
@@ -554,10 +620,40 @@ class Experiment:
         self._tracker.log_inputs(mlflow_inputs(self.dataset))
         self.keep(self.output / CONFIG)
         self.keep(self.output / DATASET_FILE)
+        self.keep(self.output / SHARDING)
         if joins:
             self.keep(self.output / JOINS)
         if self._taken is not None:
             self.keep(self.output / WARM_START)
+
+
+def _divides_a_table(key: str) -> bool:
+    return key.startswith("embeddings.tables.") and key.endswith(".sharding")
+
+
+def _dims(schema: Schema) -> dict[str, int]:
+    """Width of each table."""
+    return {name: table.embedding_dim for name, table in schema.tables.items()}
+
+
+def _fabric(config: ExperimentConfig) -> Fabric:
+    """Device, precision and strategy; with a launcher's processes in one group when it is launched."""
+    loop, embeddings, is_launched = config.loop, config.embeddings, started_by_launcher()
+    num_processes = int(os.environ["WORLD_SIZE"]) if is_launched else 1
+    num_local = int(os.environ.get("LOCAL_WORLD_SIZE", num_processes)) if is_launched else 1
+    strategy: str | TorchRecStrategy = "auto"
+    if is_launched or embeddings.engine == "torchrec":
+        constraints = constraints_of(embeddings, _dims(config.schema), num_processes) if embeddings.engine == "torchrec" else None
+        strategy = TorchRecStrategy(constraints, dense="fsdp" if loop.strategy == "fsdp" else "ddp")
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)  # which processes there are, the log says already
+    return Fabric(
+        accelerator=loop.device,
+        devices=num_local,
+        num_nodes=num_processes // num_local,
+        precision=loop.precision,
+        strategy=strategy,
+        plugins=[TorchElasticEnvironment()] if is_launched else None,
+    )
 
 
 def sees_loss_for_free(device: torch.device) -> bool:

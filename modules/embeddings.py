@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, groupby
 from typing import TYPE_CHECKING
 
@@ -153,6 +153,10 @@ class TorchRecEmbeddings(nn.Module):
         Returns:
             float32 vectors; an empty bag is zeros.
         """
+        if sparse.batch_size == 0:  # of which TorchRec cannot look up sequences: one example without ids, and nothing of it
+            one = self(replace(sparse, lengths=sparse.lengths.new_zeros(len(sparse.keys))))
+            none = {feature: EmbeddedSequence(events.values, events.lengths[:0]) for feature, events in one.sequences.items()}
+            return EmbeddedFeatures(one.pooled[:0], none)
         lengths = sparse.lengths.view(len(sparse.keys), sparse.batch_size)
         pooled: list[Tensor] = []
         events: dict[str, list[EmbeddedSequence]] = {}

@@ -153,6 +153,11 @@ def _table_optimizer_problems(config: ExperimentConfig) -> Iterator[MlenvError]:
                 f"{key}.sharding", expected="null, because the engine torch copies tables", received=embeddings.engine, fix=fix
             )
         return
+    for name in tables:
+        own, key = embeddings.of(name), f"embeddings.tables.{name}.sharding"
+        if own.optimizer == "row_wise_adagrad" and own.sharding == "column_wise":
+            expected = "table_wise or row_wise, because row-wise Adagrad keeps one number per row, which parts of a row cannot share"
+            yield ConfigError(key, expected=expected, received=own.sharding, fix="or give the table the optimizer sgd")
     fix = "set embeddings.engine to torch"
     for key, options in named.items():
         if options.optimizer == "adam":

@@ -86,6 +86,9 @@ class LoopConfig:
     them. A URL that fsspec has a driver for; empty copies nothing."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU where there is one."""
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    """How several processes train all that TorchRec does not shard: ddp, which auto takes, copies it to each; fsdp divides weights,
+    gradients and optimizer states, for dense parts too large for that. One process trains the same with any of them."""
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     """bf16-mixed computes the dense part in bfloat16 and keeps float32 weights."""
     on_bad_loss: Literal["stop", "skip"] = "stop"

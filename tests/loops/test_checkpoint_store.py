@@ -29,7 +29,7 @@ from mlenv.loops.checkpoint import (
 from mlenv.loops.checkpoint_store import CheckpointStore, StoreError
 from mlenv.loops.fit import Progress
 from mlenv.loops.stop_signals import StopSignals
-from mlenv.loops.training_run import PROGRESS, RunOptions, TrainingRun
+from mlenv.loops.training_run import PROGRESS, RunOptions, TrainingRun, newest_to_go_on_from
 
 
 class Flaky(LocalFileSystem):
@@ -185,6 +185,7 @@ def run_of(output, store, values, newest=1):
     run = TrainingRun(
         output,
         options,
+        find=lambda: newest_to_go_on_from(output, store, lambda path, text: None),
         state=lambda: {"weight": torch.zeros(1)},
         begin=lambda: None,
         check=lambda path, text: None,
