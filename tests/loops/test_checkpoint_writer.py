@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from functools import partial
 
 import pytest
 import torch
 import torch.distributed
+from processes import run_ranks
+from rank_jobs import save_apart
 from torch.distributed import HashStore
 from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor, ShardedTensorMetadata, TensorProperties
 from torch.distributed._shard.sharding_spec import ShardMetadata
 
-from mlenv.loops.checkpoint import load_tensors, save_checkpoint
+from mlenv.loops.checkpoint import MANIFEST, load_tensors, save_checkpoint
 from mlenv.loops.checkpoint_writer import CheckpointWriter
 
 
@@ -88,3 +91,14 @@ def test_a_rank_with_several_shards_of_a_table_writes_them_all(tmp_path, alone):
     load_tensors(tmp_path / "step-00000001", loaded)
     assert torch.equal(loaded["table"], whole)
     assert loaded["flags"].tolist() == [True, False]
+
+
+def test_a_rank_that_is_late_is_waited_for_and_one_that_fails_ends_it_for_all(tmp_path):
+    assert run_ranks(2, save_apart, tmp_path) == [["", "another process could not write its part"], ["", "no room"]]
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000000"]
+    manifest = json.loads((tmp_path / "step-00000000" / MANIFEST).read_text())
+    assert {path.name for path in (tmp_path / "step-00000000").iterdir()} == {MANIFEST, *manifest}
+    assert len(manifest) == 2
+    found = {f"own.{number}": torch.zeros(3) for number in range(2)}
+    load_tensors(tmp_path / "step-00000000", found)
+    assert all(tensor.tolist() == [1, 1, 1] for tensor in found.values())
