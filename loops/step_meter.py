@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from itertools import chain, islice
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from mlenv.batch import Batch
 from mlenv.loops.ranks import world_size
@@ -105,9 +106,24 @@ def forward_flops(model: nn.Module, batch: Batch) -> int:
     before = [buffer.clone() for buffer in buffers]
     model.eval()
     try:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        with torch.no_grad(), _Counter() as counter:
             model(batch)
     finally:
         model.train(was_training)
         put_back(buffers, before)
-    return int(counter.get_total_flops())
+    return int(counter.flops)
+
+
+class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """PyTorch's FlopCounterMode without its hooks on every module, which TorchRec's lookups on several processes do not bear."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.flops = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
+        named = named or {}
+        result = function(*arguments, **named)
+        if (count := flop_registry.get(function._overloadpacket)) is not None:
+            self.flops += int(count(*arguments, **named, out_val=result))
+        return result

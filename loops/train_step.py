@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from mlenv.batch import Batch, Position
 from mlenv.loops.learning_rate import LearningRates
 from mlenv.loops.ranks import Shares, average_gradients, clip_gradients, summed, world_size
-from mlenv.loops.strategy import without_synchronization
 from mlenv.loops.weight_average import WeightAverage
 from mlenv.modules.logits import check_logits
 from mlenv.modules.objective import Losses, Objective
@@ -113,6 +112,8 @@ class EagerStep:
             losses = self._losses(group[0])
             self._objective.backward(over_all_ranks(losses, group[0]), self._fabric.backward)
             return StepOutput(num_examples, group[0].position, losses.terms, losses.weights)
+        from mlenv.loops.strategy import without_synchronization  # it loads Lightning, which a dry run can do without
+
         weights = torch.stack([batch.weights.sum(0) for batch in group])  # on the host, where the batches come from
         total = weights.sum(0)
         shares = (weights / total.masked_fill(total == 0, 1)).to(self._fabric.device)
