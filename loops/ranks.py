@@ -98,6 +98,14 @@ def all_ranks(numbers: tuple[int, ...], group: ProcessGroup | None = None) -> li
     return [tuple(of_rank.tolist()) for of_rank in gathered]
 
 
+def objects_of_all(own: T, group: ProcessGroup | None = None) -> list[T]:
+    """What each rank has, in the order of the ranks; it must pickle."""
+    told = [own] * world_size()
+    if world_size() > 1:
+        torch.distributed.all_gather_object(told, own, group)
+    return told
+
+
 def any_rank(fact: bool, group: ProcessGroup | None = None) -> bool:
     """Whether something is so on any rank; all ranks must ask at the same point."""
     return any(told for (told,) in all_ranks((int(fact),), group))

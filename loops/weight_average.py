@@ -38,7 +38,7 @@ class WeightAverage:
 
     def restart(self) -> None:
         """The average is the weights as they are."""
-        torch._foreach_copy_(self._averages, self._parameters)
+        torch._foreach_copy_([local(average) for average in self._averages], [local(weight) for weight in self._parameters])
 
     def tensors(self) -> dict[str, Tensor]:
         """What belongs in a checkpoint, beside or in place of the model's own tensors."""

@@ -117,3 +117,33 @@ def run_example(folder: str) -> tuple[list[float], float]:
 def _be_quiet() -> None:
     torch.set_num_threads(1)
     logging.getLogger().setLevel(logging.ERROR)
+
+
+def save_apart(folder: Path) -> list[str]:
+    """Saves while rank 1 is slow, then while it has no room; says what became of each."""
+    import time
+
+    from mlenv.loops import checkpoint
+    from mlenv.loops.ranks import rank
+
+    write_shards = checkpoint.write_shards
+
+    def late(*arguments: Any) -> None:
+        if rank() == 1:
+            time.sleep(0.3)
+        write_shards(*arguments)
+
+    def full(*arguments: Any) -> None:
+        if rank() == 1:
+            raise OSError("no room")
+        write_shards(*arguments)
+
+    said = []
+    for step, write in enumerate((late, full)):
+        checkpoint.write_shards = write
+        try:
+            checkpoint.verify(checkpoint.save_checkpoint(folder, step, {f"own.{rank()}": torch.ones(3)}, {}))
+            said.append("")
+        except (OSError, ValueError) as error:
+            said.append(str(error))
+    return said

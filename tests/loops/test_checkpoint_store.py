@@ -163,8 +163,10 @@ def test_a_copy_that_is_cut_is_no_checkpoint_and_is_made_whole_by_the_next(flaky
             with pytest.raises(StoreError, match="Access Denied"):
                 flaky.put(folder)
         assert flaky.names("checkpoints") == ["step-00000001"]
+    (tmp_path / "there" / "checkpoints" / "step-00000002" / "shard-00002.safetensors").touch()  # of a process that there is no more
     before = Flaky.puts
     flaky.put(folder)
+    assert len(list((tmp_path / "there" / "checkpoints" / "step-00000002").iterdir())) == num_files
     assert flaky.names("checkpoints") == ["step-00000001", "step-00000002"]
     assert Flaky.puts == before + num_files
 

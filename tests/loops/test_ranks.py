@@ -20,10 +20,11 @@ from safetensors.torch import load_file
 
 from mlenv.batch import SparseFeatures, example_batch
 from mlenv.composition import compose
-from mlenv.loops.checkpoint import list_checkpoints
+from mlenv.loops.checkpoint import list_checkpoints, load_tensors, stored_shapes
 from mlenv.loops.journal import Journal
 from mlenv.loops.ranks import Shares
 from mlenv.loops.training_run import PROGRESS
+from mlenv.warm_start import WARM_START
 
 ROOT = Path(__file__).resolve().parents[2]
 GROUP = 64
@@ -122,6 +123,34 @@ def test_the_record_says_where_each_table_lies(trained):
     assert sorted(shard["rank"] for shard in user["shards"]) == [0, 1]
     assert copied["item"]["sharding"] == "replicated"
     assert copied["item"]["shards"][1] == {"rank": 1, "rows": 500, "columns": 16, "bytes": 500 * 17 * 4}
+
+
+@pytest.mark.slow
+def test_several_processes_begin_with_the_weights_of_one(trained, log, tmp_path):
+    """Each with its part of a table that has grown and of one whose vocabulary is in another order; nothing is learned on top."""
+    placements = ["push", "feed", "search", "story", "video", "banner", "sidebar", "email"]
+    warm = [f"warm_start.checkpoint={trained / 'ddp by 1'}", "warm_start.optimizer_state=true", "schema.tables.item.num_embeddings=601"]
+    warm += [f"schema.tables.placement.vocabulary=[{', '.join(placements)}]", "embeddings.learning_rate=1e-30", "loop.max_steps=1"]
+    cases = {
+        name: [*settings_of(log, tmp_path / name, 2), *CASES[name], *warm, "optimizer.learning_rate=1e-30", "data.test=null"]
+        for name in ("sharded", "fsdp")
+    }
+    for said in run_ranks(2, train_each, cases):
+        assert said == dict.fromkeys(cases, "")
+    tables = ("item", "placement", "advertiser_id")
+    names = {table: f"representation.embeddings.tables.{table}.weight" for table in tables}
+    source, *found = (list_checkpoints(path / "checkpoints")[-1] for path in (trained / "ddp by 1", *(tmp_path / name for name in cases)))
+    before = {name: torch.empty(stored_shapes(source)[name]) for name in names.values()}
+    load_tensors(source, before)
+    for checkpoint in found:
+        after = {name: torch.empty(stored_shapes(checkpoint)[name]) for name in names.values()}
+        load_tensors(checkpoint, after)
+        assert torch.equal(after[names["item"]][:500], before[names["item"]])
+        assert after[names["item"]].shape == (601, 16)
+        assert torch.equal(after[names["placement"]], before[names["placement"]][[7, 0, 1, 2, 3, 4, 5, 6]])
+        assert torch.equal(after[names["advertiser_id"]], before[names["advertiser_id"]])
+    rows = json.loads((tmp_path / "sharded" / WARM_START).read_text())["rows"]
+    assert rows[f"optimizer.{names['item']}.sum"] == {"taken": 500, "new": 101, "gone": 0}
 
 
 @pytest.mark.slow
