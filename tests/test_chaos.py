@@ -41,7 +41,7 @@ SAID = {
 MOST_STEPS = 15
 """Between two failures."""
 SETTINGS = [
-    *("data.num_epochs=40", "data.batch_size=64", "embeddings.engine=torchrec", "embeddings.sharding=row_wise"),
+    *("data.num_epochs=40", "data.batch_size=64", "embeddings.engine=torchrec", "embeddings.sharding=table_wise"),
     *("loop.keep_checkpoints=3", "launch.num_processes=2", "launch.max_restarts=100"),
 ]
 
