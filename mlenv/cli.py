@@ -23,6 +23,7 @@ from mlenv.errors import (
     StoppedError,
     TrainingError,
 )
+from mlenv.registry_commands import add_registry_commands
 
 if TYPE_CHECKING:
     from mlenv.config import ExperimentConfig, WindowConfig
@@ -147,6 +148,7 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_jobs(verbs, verb)
     _add_features(verbs, verb)
+    add_registry_commands(verbs, verb)
     made = verb(verbs, "ui", _ui, "Open MLflow on the runs tracked here.")
     made.add_argument("--uri", default="", help="where the runs are, as in tracking.uri; otherwise where training puts them by default")
     made.add_argument("--port", type=int, default=5000)

@@ -1,18 +1,31 @@
-"""Finds the checkpoint that a model's name leads to: on the disk, or in MLflow."""
+"""Finds the checkpoint that a model's name leads to, on the disk or in MLflow, and builds the model that it holds."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any, TypeVar
 
+import torch
 import xxhash
+from omegaconf import OmegaConf
+from torch import nn
 
+from mlenv.composition import from_plain
+from mlenv.config import MODELS, EmbeddingsConfig, ModelConfig
 from mlenv.errors import ConfigError
-from mlenv.loops.checkpoint import MANIFEST, list_checkpoints
-from mlenv.loops.training_run import BEST_FOLDER, CHECKPOINT_FOLDER
+from mlenv.kinds import kind_field
+from mlenv.loops.checkpoint import MANIFEST, list_checkpoints, load_tensors
+from mlenv.loops.training_run import BEST_FOLDER, CHECKPOINT_FOLDER, CONFIG
+from mlenv.loops.training_state import model_tensors
 from mlenv.mlflow_outbox import absolute_uri
+from mlenv.modules import TorchEmbeddings
+from mlenv.schema import Schema
+
+Sections = TypeVar("Sections")
 
 _MLFLOW = ("runs:/", "models:/", "mlflow-artifacts:/")
 
@@ -41,6 +54,36 @@ def find_checkpoint(name: str, tracking_uri: str, key: str) -> Path:
 def fingerprint_of(checkpoint: Path) -> str:
     """Of all that a checkpoint holds."""
     return xxhash.xxh3_128((checkpoint / MANIFEST).read_bytes()).hexdigest()[:12]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSections:
+    """The part of a checkpoint's config that makes its model: a class of its own for anything else need not be there any more."""
+
+    schema: Schema
+    model: ModelConfig = kind_field(MODELS)
+    embeddings: EmbeddingsConfig = EmbeddingsConfig()
+
+
+def read_sections(checkpoint: Path, cls: type[Sections]) -> Sections:
+    """The sections of a checkpoint's config that a dataclass has fields for.
+
+    Raises:
+        Problems: they are of another version of mlenv.
+    """
+    plain = OmegaConf.to_container(OmegaConf.load(checkpoint / CONFIG))
+    assert isinstance(plain, dict)
+    parts: dict[str, Any] = {item.name: plain[item.name] for item in fields(cls) if item.name in plain}  # type: ignore[arg-type]
+    sections: Sections = from_plain(parts, cls, str(checkpoint / CONFIG))
+    return sections
+
+
+def build_stored_model(checkpoint: Path, sections: ModelSections, device: torch.device) -> nn.Module:
+    """The model of a verified checkpoint, to be asked and not to be trained, its tables on plain PyTorch whatever trained them."""
+    with torch.random.fork_rng(devices=[]):
+        model = sections.model.build(sections.schema, TorchEmbeddings(sections.schema, sections.embeddings, seed=0))
+    load_tensors(checkpoint, model_tensors(model))
+    return model.to(device).eval().requires_grad_(False)
 
 
 def _download(uri: str, tracking_uri: str, key: str) -> Path:
