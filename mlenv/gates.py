@@ -151,7 +151,7 @@ def _judged_segments(rows: TaskRows, column: SegmentColumn, least_labels: int) -
     judged = np.flatnonzero(np.minimum(positives, negatives) >= least_labels)
     place = np.full(num_values, -1)
     place[judged] = np.arange(len(judged))
-    return [column.values[value] for value in judged], place[column.codes]
+    return [column.values[int(value)] for value in judged], place[column.codes]
 
 
 def _of_group(found: Mapping[str, Resampled], place: int) -> dict[str, Resampled]:
@@ -296,14 +296,11 @@ def judge_data(verdict: Verdict) -> Iterator[Judgement]:
 
 def judge_cost(challenger: Cost, champion: Cost | None, config: GatesConfig) -> Iterator[Judgement]:
     """Time and size, each against the champion and against a limit."""
+    other_time, other_size = (None, None) if champion is None else (champion.milliseconds, champion.bytes)
     yield from _judge_cost(
-        "milliseconds for 1,000 rows",
-        challenger.milliseconds,
-        champion and champion.milliseconds,
-        config.latency_ratio,
-        config.latency_milliseconds,
+        "milliseconds for 1,000 rows", challenger.milliseconds, other_time, config.latency_ratio, config.latency_milliseconds
     )
-    yield from _judge_cost("bytes", challenger.bytes, champion and champion.bytes, config.size_ratio, config.size_bytes)
+    yield from _judge_cost("bytes", challenger.bytes, other_size, config.size_ratio, config.size_bytes)
 
 
 def _judge_cost(subject: str, value: float, champion: float | None, ratio: float | None, limit: float | None) -> Iterator[Judgement]:

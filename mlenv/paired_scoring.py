@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mlenv.batch import Batch
+from mlenv.batch import Batch, Extra
 from mlenv.bootstrap import Ints, TaskRows
 from mlenv.config import CALIBRATORS, CalibratorConfig, ChecksConfig, DataConfig, GatesConfig, LoopConfig, WindowConfig
 from mlenv.datasets.parquet_source import ParquetSource
@@ -109,7 +109,8 @@ class StoredScorer:
             segments = tuple(dict.fromkeys([*passed_through.segments, *schema.segments]))
             schema = replace(schema, row_key=passed_through.row_key, request=passed_through.request, segments=segments)
         data = replace(self.sections.data, path=rows.path, allow_missing_days=True)
-        return ParquetSource(data, rows.window, schema, extras=("metadata",))
+        extras: tuple[Extra, ...] = ("metadata",)
+        return ParquetSource(data, rows.window, schema, extras=extras)
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Tensor:
