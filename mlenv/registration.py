@@ -69,7 +69,7 @@ def register(output: Path, name: str, uri: str = "") -> Registered:
         if (version := known.get(fingerprint)) is None:
             _make_sure_of(registry, name)
             source = f"{kept.info.artifact_uri}/{_FOLDER}/{checkpoint.name}"
-            number = str(client.create_model_version(name, source, run_id=run.run_id, tags=tags).version)
+            number = str(client.create_model_version(name, source, run_id=run.run_id, tags=tags, await_creation_for=0).version)
         else:
             number = version.version
         if version is None or CHAMPION not in version.aliases:
