@@ -80,7 +80,6 @@ class StoredScorer:
 
     def __init__(self, checkpoint: Path) -> None:
         verify(checkpoint)
-        self.checkpoint = checkpoint
         self.sections = read_sections(checkpoint, ScoringSections)
         model = read_sections(checkpoint, ModelSections)
         self.schema: Schema = model.schema

@@ -6,7 +6,7 @@ import json
 import logging
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -177,16 +177,20 @@ def read_gates(file: Path) -> GatesConfig:
 def _judge(
     registry: Registry, challenger: ModelVersion, champion: ModelVersion | None, wanted: GatesConfig | None, data: ExperimentConfig | None
 ) -> Judged:
-    scorers = [StoredScorer(_checkpoint(registry, one)) for one in (challenger, champion) if one is not None]
+    versions = [one for one in (challenger, champion) if one is not None]
+    scorers = [_load(registry, one) for one in versions]
     first, second = scorers[0], scorers[1] if champion is not None else None
     check_row_key(first.schema, str(challenger))
     gates, rows = wanted or first.sections.gates, _held_out(first, challenger, data)
-    sources = [scorer.source(rows, first.schema) for scorer in scorers]  # both are found readable before the long work
     baseline = _training_statistics(registry, challenger) if gates.data_checks else None
     scored: list[Scored] = []
-    for one, scorer, source in zip((challenger, champion), scorers, sources, strict=False):
-        logger.info("scoring %s of %s with %s", f"{source.num_stored_rows:,} rows", rows.path, one)
-        scored.append(scorer.score(source, gates))
+    with ExitStack() as opened:
+        sources = [scorer.source(rows, first.schema) for scorer in scorers]  # both are found readable before the long work
+        for source in sources:
+            opened.callback(source.close)
+        for one, scorer, source in zip(versions, scorers, sources, strict=True):
+            logger.info("scoring %s rows of %s with %s", f"{source.num_stored_rows:,}", rows.path, one)
+            scored.append(scorer.score(source, gates))
     other = scored[1] if second is not None else None
     paired = pair(scored[0], other, first.schema, second.schema.tasks if second is not None else (), gates.common_rows)
     figures = measure(paired, gates)
@@ -210,8 +214,10 @@ def _judge(
     )
 
 
-def _checkpoint(registry: Registry, version: ModelVersion) -> Path:
-    return find_checkpoint(f"models:/{version.name}/{version.version}", registry.uri, str(version))
+def _load(registry: Registry, version: ModelVersion) -> StoredScorer:
+    with tempfile.TemporaryDirectory() as folder:
+        name = f"models:/{version.name}/{version.version}"
+        return StoredScorer(find_checkpoint(name, registry.uri, str(version), Path(folder)))
 
 
 def _held_out(challenger: StoredScorer, version: ModelVersion, data: ExperimentConfig | None) -> HeldOut:
@@ -229,7 +235,8 @@ def _training_statistics(registry: Registry, version: ModelVersion) -> Statistic
 
 
 def _data_verdict(scorer: StoredScorer, rows: HeldOut, baseline: Statistics, place: str) -> Verdict:
-    window = window_statistics(scorer.source(rows))
+    with closing(scorer.source(rows)) as source:
+        window = window_statistics(source)
     check_baseline(baseline, window, place)
     return validate_statistics(window, baseline, scorer.schema, scorer.sections.checks, rows.window)
 

@@ -29,8 +29,8 @@ CHAMPION: Final = "champion"
 CHALLENGER: Final = "challenger"
 PREVIOUS: Final = "previous"
 
-LEASE_SECONDS: Final = 60.0
-"""A lock that is older was left by a client that died: a move takes a second."""
+LEASE_SECONDS: Final = 300.0
+"""A lock that is older was left by a client that died: a move takes a second, and longer only while its few calls time out."""
 
 _PAGE: Final = 500
 _MOVE: Final = "mlenv.move."

@@ -30,17 +30,18 @@ Sections = TypeVar("Sections")
 _MLFLOW = ("runs:/", "models:/", "mlflow-artifacts:/")
 
 
-def find_checkpoint(name: str, tracking_uri: str, key: str) -> Path:
+def find_checkpoint(name: str, tracking_uri: str, key: str, into: Path | None = None) -> Path:
     """Of a training that chose its best step that one, of another its last.
 
     Args:
         name: an output folder, a checkpoint, or a model that MLflow keeps.
         key: of the config, for the message.
+        into: a folder for what is downloaded; by default one that stays behind.
 
     Raises:
         ConfigError: there is none.
     """
-    folder = _download(name, tracking_uri, key) if name.startswith(_MLFLOW) else Path(name)
+    folder = _download(name, tracking_uri, key, into) if name.startswith(_MLFLOW) else Path(name)
     if (folder / MANIFEST).is_file():
         return folder
     checkpoints = list_checkpoints(folder / BEST_FOLDER) or list_checkpoints(folder / CHECKPOINT_FOLDER)
@@ -86,12 +87,12 @@ def build_stored_model(checkpoint: Path, sections: ModelSections, device: torch.
     return model.to(device).eval().requires_grad_(False)
 
 
-def _download(uri: str, tracking_uri: str, key: str) -> Path:
+def _download(uri: str, tracking_uri: str, key: str, into: Path | None) -> Path:
     import mlflow
 
     with _mlflow_at(absolute_uri(tracking_uri)):
         try:
-            return Path(mlflow.artifacts.download_artifacts(artifact_uri=uri))
+            return Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=None if into is None else str(into)))
         except (mlflow.exceptions.MlflowException, OSError) as error:
             raise ConfigError(key, expected="a model that MLflow keeps", received=uri, fix=str(error).partition("\n")[0]) from error
 

@@ -59,7 +59,7 @@ class Server:
 
 @pytest.fixture(scope="module")
 def work(tiny_config: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Server]]:
-    """A folder with three trainings that a server tracks: a weak one, a better one, and one that had the weak one as teacher."""
+    """A folder with two trainings that a server tracks: a weak one, and a better one that began with it."""
     folder = tmp_path_factory.mktemp("models of a test")
     server = Server(folder)
     server.start()
@@ -74,7 +74,7 @@ def work(tiny_config: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     settings += ["schema.tables.user_country={num_embeddings: 20, embedding_dim: 4, ids: hash}", "data.train.end=2026-01-02"]
     for name, own in (
         ("weak", ["loop.max_steps=2"]),
-        ("better", ["loop.max_steps=0", "data.num_epochs=6", "optimizer.learning_rate=0.01"]),
+        ("better", ["loop.max_steps=0", "data.num_epochs=6", "optimizer.learning_rate=0.01", f"warm_start.checkpoint={folder / 'weak'}"]),
     ):
         train(compose(folder / "config.yaml", [*settings, *own, f"name={name}", f"output={folder / name}"]))
     yield folder, server
@@ -123,6 +123,8 @@ def test_the_whole_story(work: tuple[Path, Server], run: Run, monkeypatch: pytes
     assert run("promote", "ranker", "--version", "1")[0] == WRONG_INPUT
 
     assert run("register", "better", "--name", "ranker") == (DONE, "ranker version 2 (@challenger)\n")
+    tags = registry.version("ranker", "2").tags
+    assert (tags["warm start"], tags["warm start version"]) == (str(folder / "weak"), "models:/ranker/1")
     assert run("promote", "ranker", "--gates", "gates.yaml", "--trial", "--out", "trial")[0] == DONE
     assert registry.model("ranker").aliases == {CHAMPION: "1", CHALLENGER: "2"}
     # Somebody else's promotion ends while this one scores.

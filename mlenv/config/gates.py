@@ -30,11 +30,11 @@ def _limits() -> dict[str, BoundsConfig]:
 
 
 def _margins() -> dict[str, float]:
-    return {"auc": 0.003, "grouped_auc": 0.003, "normalized_entropy": 0.003, "calibration": 0.02}
+    return {"auc": 0.002, "grouped_auc": 0.002, "normalized_entropy": 0.002, "calibration": 0.05}
 
 
 def _segment_margins() -> dict[str, float]:
-    return {"auc": 0.01, "normalized_entropy": 0.01, "calibration": 0.05}
+    return {"auc": 0.01, "normalized_entropy": 0.01, "calibration": 0.1}
 
 
 @dataclass(frozen=True, kw_only=True)
