@@ -19,7 +19,7 @@ from mlenv.schema import Schema
 logger = logging.getLogger(__name__)
 
 _MAY_CHANGE = (
-    *("name", "output", "tracking.", "checks.", "calibration.", "data.path", "data.test", "data.workers.", "launch.", "job."),
+    *("name", "output", "tracking.", "checks.", "gates.", "calibration.", "data.path", "data.test", "data.workers.", "launch.", "job."),
     *("loop.log_every_steps", "loop.checkpoint_every_steps", "loop.keep_checkpoints", "loop.stop_after_evaluations", "loop.device"),
     *("loop.compile", "loop.read_ahead", "loop.peak_tflops", "loop.profile_steps"),
     *("loop.on_bad_loss", "loop.max_loss", "loop.max_skipped_steps", "loop.hang_timeout_seconds", "loop.keep_every_steps"),
