@@ -104,7 +104,9 @@ class Training:
         wait_until(lambda: re.search(pattern, self.said[self._noted :]) is not None, timeout_seconds=240)
 
     def kill_all(self) -> None:
-        os.killpg(self.process.pid, signal.SIGKILL)
+        """The launcher and the processes that it started, which have sessions of their own."""
+        for process in (self.process.pid, *self.ranks()):
+            os.kill(process, signal.SIGKILL)
         self.process.wait()
 
 
