@@ -35,7 +35,7 @@ class GuardedStep:
     Args:
         step: makes the losses by calling ``objective`` and then runs them backward.
         keep: writes a bad step down, of a model that is as it was before the step, and says where it went wrong and where it is kept.
-        filler: an empty batch.
+        filler: rows that weigh nothing.
     """
 
     def __init__(
@@ -83,7 +83,9 @@ class GuardedStep:
             raise TrainingError(f"{found}. {progress.skipped_steps} steps were skipped before, as many as may be. Fix: {fix}.")
         logger.warning("%s. The step is skipped.", found)
         nothing = torch.zeros(len(self._objective.terms), device=self._objective.task_weights.device)
-        num_examples = sum(number for (number,) in all_ranks((sum(map(len, taken)),)))
+        before = [progress.position, *(one.position for one in taken)]
+        own = sum(len(one) for one, place in zip(taken, before, strict=False) if one.position != place)  # a filler leads no further
+        num_examples = sum(number for (number,) in all_ranks((own,)))
         return StepOutput(num_examples, batch.position, nothing, nothing, is_skipped=True)
 
     def _look_at(self, objective: nn.Module, inputs: Any, losses: Losses) -> None:

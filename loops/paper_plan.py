@@ -13,7 +13,7 @@ from torch import nn
 from mlenv.config import EmbeddingsConfig
 from mlenv.errors import ConfigError, require
 from mlenv.loops.scaling_model import Cluster, Lookup
-from mlenv.loops.sharding import constraints_of, fuse_optimizers
+from mlenv.loops.sharding import constraints_of, fuse_optimizers, quiet
 from mlenv.loops.table_memory import FLOAT_BYTES, TablePlacement, TableShard, state_bytes
 from mlenv.modules import ENGINES
 from mlenv.schema import Schema
@@ -79,7 +79,7 @@ def paper_plan(
     }
     hardware, milliseconds = cluster.hardware, 1e3
     sharders: list[Any] = [EmbeddingBagCollectionSharder(), EmbeddingCollectionSharder()]
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), quiet("torchrec"), quiet(""):
         warnings.simplefilter("ignore")
         topology = Topology(
             world_size=cluster.num_ranks,

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mlenv.errors import ConfigError, check_above, check_at_least
+from mlenv.loops.step_meter import PEAK_TFLOPS
 from mlenv.loops.table_memory import FLOAT_BYTES, TablePlacement, TableShard
 from mlenv.schema import Schema
 
@@ -38,7 +39,9 @@ class Hardware:
             check_above(name, getattr(self, name), 0)
 
 
-H100 = Hardware(memory_bytes=80e9, memory_bandwidth=3.35e12, host_bandwidth=450e9, network_bandwidth=50e9, operations=67e12)
+H100 = Hardware(
+    memory_bytes=80e9, memory_bandwidth=3.35e12, host_bandwidth=450e9, network_bandwidth=50e9, operations=PEAK_TFLOPS["H100"][0] * 1e12
+)
 """H100 SXM with HBM3, NVLink 4 (900 GB/s in both directions together) and a 400 Gb/s card for each GPU.
 
 Source: NVIDIA, "H100 Tensor Core GPU" data sheet; NVIDIA, "DGX H100/H200 System User Guide", network modules.
@@ -192,12 +195,15 @@ def lookups_of(schema: Schema, ids_per_example: Mapping[str, float] | None = Non
     return lookups
 
 
-def shard_load(sharding: str, shard: TableShard, lookups: Sequence[Lookup], cluster: Cluster, batch_size: int) -> RankLoad:
+def shard_load(
+    sharding: str, shard: TableShard, lookups: Sequence[Lookup], cluster: Cluster, batch_size: int, sent_bytes: int = FLOAT_BYTES
+) -> RankLoad:
     """What one part of a table asks of the rank that holds it.
 
     Args:
         sharding: how the table is divided, as ``embeddings.sharding`` has it.
         batch_size: examples of each rank.
+        sent_bytes: of a number on its way; 2 with ``embeddings.communication_precision``.
 
     Raises:
         ConfigError: another sharding; a table that every rank has a copy of is not divided.
@@ -217,7 +223,7 @@ def shard_load(sharding: str, shard: TableShard, lookups: Sequence[Lookup], clus
         forward = ids * (ID_BYTES + moved_row) + vectors
         backward = ids * (ID_BYTES + 2 * moved_row + 2 * moved_state) + vectors
         arriving = cluster.all_to_all(ids * ID_BYTES + examples * LENGTH_BYTES)
-        load += RankLoad(0, ids * ID_BYTES + vectors, forward + backward, arriving, spread(vectors))
+        load += RankLoad(0, ids * ID_BYTES + vectors, forward + backward, arriving, spread(vectors * sent_bytes / FLOAT_BYTES))
     return load
 
 
@@ -227,6 +233,7 @@ def step_cost(
     cluster: Cluster,
     batch_size: int,
     dense_parameters: int = 0,
+    sent_bytes: int = FLOAT_BYTES,
 ) -> StepCost:
     """A step of tables that lie as they do.
 
@@ -236,11 +243,12 @@ def step_cost(
         batch_size: examples of each rank.
         dense_parameters: numbers in what every rank has a copy of; each takes two multiplications and additions an example forward and
             four backward, as in layers that are matrix products.
+        sent_bytes: see ``shard_load``.
     """
     ranks = [RankLoad() for _ in range(cluster.num_ranks)]
     for table, placement in placements.items():
         for shard in placement.shards:
-            ranks[shard.rank] += shard_load(placement.sharding, shard, lookups[table], cluster, batch_size)
+            ranks[shard.rank] += shard_load(placement.sharding, shard, lookups[table], cluster, batch_size, sent_bytes)
     hardware, gradients = cluster.hardware, cluster.ring(dense_parameters * FLOAT_BYTES)
     dense = gradients + gradients  # an all-reduce is a reduce-scatter and an all-gather
     return StepCost(

@@ -82,6 +82,7 @@ def shard_tables(
     device: torch.device,
     constraints: Mapping[str, ParameterConstraints],
     dense: DataParallelWrapper | None = None,
+    communication_precision: str = "fp32",
 ) -> tuple[DistributedModelParallel, dict[str, TablePlacement]]:
     """Gives the model's TorchRec tables a place and memory, and makes the rest data parallel. A process group is there already.
 
@@ -89,6 +90,7 @@ def shard_tables(
         constraints: by table, for TorchRec's planner. One that names no sharding takes what trains the same on any number of ranks,
             and all take fused kernels.
         dense: makes the rest data parallel; None takes DistributedDataParallel.
+        communication_precision: as of the config's ``embeddings``.
 
     Returns:
         the model, and where each table lies.
@@ -101,8 +103,12 @@ def shard_tables(
     from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
     from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
 
-    sharders: list[Any] = [EmbeddingBagCollectionSharder(), EmbeddingCollectionSharder()]
-    with warnings.catch_warnings(), _quiet("torchrec"), _quiet(""):
+    codecs = _codecs(communication_precision, device)
+    sharders: list[Any] = [
+        EmbeddingBagCollectionSharder(qcomm_codecs_registry=codecs),
+        EmbeddingCollectionSharder(qcomm_codecs_registry=codecs),
+    ]
+    with warnings.catch_warnings(), quiet("torchrec"), quiet(""):
         warnings.simplefilter("ignore")  # the planner talks of hardware that a user cannot change
         free = free_bytes(device)
         topology = Topology(
@@ -209,6 +215,26 @@ def _tables(model: nn.Module) -> Iterator[Any]:
         yield from bags() if bags is not None else collection.embedding_configs()  # type: ignore[operator]
 
 
+def _codecs(precision: str, device: torch.device) -> dict[str, Any] | None:
+    """What brings vectors to a narrower type before they are sent, and back; None sends them as they are.
+
+    Gradients of a mean over many rows are too small for fp16: bf16, which gloo does not send, has the range of float32.
+    """
+    from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_qcomm_codecs_registry
+
+    if precision == "fp32":
+        return None
+    is_cpu = device.type == "cpu"
+    if is_cpu and precision == "bf16":
+        fix = "set it to fp16, or train on GPUs"
+        raise ConfigError("embeddings.communication_precision", expected="fp32 or fp16 on a CPU", received=precision, fix=fix)
+    gradients = CommType.FP32 if is_cpu else CommType.BF16
+    options = QCommsConfig(forward_precision=CommType[precision.upper()], backward_precision=gradients)
+    with quiet("torchrec"), quiet(""):
+        codecs: dict[str, Any] | None = get_qcomm_codecs_registry(options, device=device)
+    return codecs
+
+
 def _sharding_types(num_rows: int) -> list[str]:
     """What the planner may choose from for a table that nothing is asked for.
 
@@ -228,7 +254,7 @@ def _local_parts(weight: Any) -> list[tuple[Tensor, int, int]]:
     return [(piece.tensor, *piece.metadata.shard_offsets) for piece in weight.local_shards()]
 
 
-class _quiet:
+class quiet:
     """Holds back the warnings of a logger, by name; the root logger's name is empty."""
 
     def __init__(self, name: str) -> None:

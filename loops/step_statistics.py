@@ -124,7 +124,7 @@ def step_statistics(
     try:
         model.train()
         with torch.random.fork_rng():
-            with torch.set_grad_enabled(not has_fused_tables), autocast():
+            with torch.set_grad_enabled(not has_fused_tables), autocast(), torch.compiler.set_stance("force_eager"):
                 logits = model(batch)
             losses = objective(logits, batch)
             if not has_fused_tables:

@@ -50,13 +50,20 @@ class TorchRecStrategy(DDPStrategy):
 
     Args:
         constraints: what TorchRec's planner is to keep to, by table; it chooses for the others.
+        communication_precision: ``fp16`` or ``bf16`` sends vectors between processes in half the bits; ``fp32`` as they are.
         dense: ``ddp`` copies the rest to every process; ``fsdp`` divides its parameters, gradients and optimizer states too
             (FSDP2, ``fully_shard``), which large towers need: each child of the model is gathered for as long as it computes. Plain
             tables with sparse gradients are copied either way.
     """
 
-    def __init__(self, constraints: Mapping[str, ParameterConstraints] | None = None, dense: Literal["ddp", "fsdp"] = "ddp") -> None:
+    def __init__(
+        self,
+        constraints: Mapping[str, ParameterConstraints] | None = None,
+        dense: Literal["ddp", "fsdp"] = "ddp",
+        communication_precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+    ) -> None:
         super().__init__()
+        self._communication_precision = communication_precision
         self._constraints, self._dense = dict(constraints or {}), dense
         self._backward_sync_control = _SyncControl()
         self.placements: dict[str, TablePlacement] = {}
@@ -87,7 +94,7 @@ class TorchRecStrategy(DDPStrategy):
         if collections_of(module):
             require("torchrec", extra="torchrec")
             wrapper = _FullyShardTheRest() if self._dense == "fsdp" and world_size() > 1 else None
-            sharded, placements = shard_tables(module, self.root_device, self._constraints, wrapper)
+            sharded, placements = shard_tables(module, self.root_device, self._constraints, wrapper, self._communication_precision)
             self.placements |= placements
             return cast(nn.Module, sharded)
         module = module.to(self.root_device)

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from mlenv.batch import Batch, Position
-from mlenv.errors import ConfigError
 from mlenv.loops.learning_rate import LearningRates
 from mlenv.loops.ranks import Shares, average_gradients, clip_gradients, summed, world_size
 from mlenv.loops.strategy import without_synchronization
 from mlenv.loops.weight_average import WeightAverage
+from mlenv.modules.logits import check_logits
 from mlenv.modules.objective import Losses, Objective
 
 if TYPE_CHECKING:
@@ -57,8 +57,8 @@ class EagerStep:
         objective: what the logits are measured by; its own parameters are among those of the optimizers.
         clip: parameters whose joint gradient norm is limited, and the limit; no limit at 0.
         rates: sets the learning rates of all optimizers; None keeps them.
-        shares: rows of each rank. One that has no more goes on with empty batches until all have trained on theirs.
-        filler: an empty batch.
+        shares: rows of each rank. One that has no more goes on with fillers until all have trained on theirs.
+        filler: rows that weigh nothing.
         average: follows the weights; None where there is none.
         num_batches: batches whose gradients are added up before the update, each weighed by its share of the weights, so that
             losses that are weighted means over rows have the gradient of one large batch. The last step takes what is left.
@@ -85,6 +85,7 @@ class EagerStep:
     def advance(self, batches: Iterator[Batch], progress: Progress) -> StepOutput | None:
         """Trains on the next batch, or the next few; None when no rank has one."""
         group = list(islice(batches, self._num_batches))
+        num_examples = sum(map(len, group)) if world_size() == 1 else self._shares.examples(progress.step)
         if not group and progress.step >= self._shares.num_steps:
             return None
         # Of several ranks each runs as many passes, because they wait for each other in them.
@@ -94,7 +95,7 @@ class EagerStep:
             self._model.train()
         if self._rates is not None:
             self._rates.follow(progress)
-        output = self._gradients(group, progress)
+        output = self._gradients(group, num_examples)
         average_gradients(self._objective.parameters())
         parameters, norm = self._clip
         if norm:
@@ -106,9 +107,8 @@ class EagerStep:
             self._average.follow(progress.step)
         return output
 
-    def _gradients(self, group: list[Batch], progress: Progress) -> StepOutput:
+    def _gradients(self, group: list[Batch], num_examples: int) -> StepOutput:
         """Leaves the gradients of all batches in the parameters."""
-        num_examples = sum(map(len, group)) if world_size() == 1 else self._shares.examples(progress.step)
         if len(group) == 1:
             losses = self._losses(group[0])
             self._objective.backward(over_all_ranks(losses, group[0]), self._fabric.backward)
@@ -148,10 +148,3 @@ def share_of_rank(weights: Tensor) -> Tensor | float:
         weights: ``(tasks,)``, sum of those of its labels.
     """
     return 1.0 if world_size() == 1 else torch.nan_to_num(world_size() * weights / summed(weights))
-
-
-def check_logits(logits: Tensor, batch: Batch) -> None:
-    """Raises ConfigError unless a model gives one logit per example and task."""
-    if logits.shape != batch.labels.shape:
-        expected = f"logits of shape (batch, tasks) = {tuple(batch.labels.shape)}"
-        raise ConfigError("model", expected=expected, received=tuple(logits.shape), fix="return one column per task of schema.labels")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import json
 import logging
 import os
@@ -16,30 +15,32 @@ from typing import IO, Any, Literal, Self, get_args
 
 import torch
 import torch.distributed
-from lightning.fabric import Fabric
-from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
-from omegaconf import OmegaConf
 from torch import nn
 
 from mlenv.batch import Batch, Extra, Position, example_batch
-from mlenv.composition import from_plain, leaves, to_plain, to_yaml
+from mlenv.composition import leaves, to_plain, to_yaml
 from mlenv.config import BALANCES, CALIBRATORS, ExperimentConfig
 from mlenv.dataset_record import DATASET_FILE, DatasetRecord, check_same_content, mlflow_inputs, read_dataset_record, record_dataset
 from mlenv.datasets.division import Division, divide_anew, division_from
 from mlenv.datasets.parquet_source import ParquetSource
-from mlenv.errors import CheckpointError, ConfigError, MlenvError
+from mlenv.errors import CheckpointError, ConfigError
+from mlenv.fabric import make_fabric
 from mlenv.kinds import kind_of
 from mlenv.loops.bad_step import bad_step_folder, save_bad_step
 from mlenv.loops.calibration import CALIBRATORS_FILE, Calibrator, calibrators_from_json, calibrators_to_json, fit_calibrators
 from mlenv.loops.checkpoint import Retention, add_document, list_checkpoints, load_tensors, read_document, verify
 from mlenv.loops.checkpoint_store import CheckpointStore
+from mlenv.loops.compilation import COMPILATION_FILE, Compilation, compile_dense_part
 from mlenv.loops.evaluate import evaluate, score
 from mlenv.loops.fit import Progress
 from mlenv.loops.guarded_step import GuardedStep
 from mlenv.loops.learning_rate import LearningRates, schedule_of
 from mlenv.loops.optimizers import build_table_optimizers, dense_parameters, options_of_tables
-from mlenv.loops.ranks import Shares, all_ranks, from_main, is_main, rank, share, started_by_launcher, wait_for_all, world_size
-from mlenv.loops.sharding import constraints_of, fill_tables, fuse_optimizers
+from mlenv.loops.ranks import Shares, all_ranks, from_main, is_main, rank, share, wait_for_all, world_size
+from mlenv.loops.read_ahead import ReadAheadStep
+from mlenv.loops.sharding import fill_tables, fuse_optimizers
+from mlenv.loops.step_meter import StepMeter, peak_tflops
+from mlenv.loops.step_profile import PROFILE_FOLDER, WARM_UP_STEPS, ProfiledStep, StepProfile
 from mlenv.loops.step_statistics import step_statistics
 from mlenv.loops.stop_signals import StopSignals
 from mlenv.loops.strategy import TorchRecStrategy
@@ -52,7 +53,9 @@ from mlenv.loops.weight_average import WeightAverage
 from mlenv.modules import ENGINES, NumericNormalization, Objective, gate_gauges
 from mlenv.modules.distillation import Teach
 from mlenv.page import write_whole
-from mlenv.schema import Schema
+from mlenv.profile_page import PROFILE_PAGE, limit_of, render_profile
+from mlenv.resume import check_resumable, check_schema
+from mlenv.run_folder import occupy, write_config
 from mlenv.teacher import Teacher, teacher_of
 from mlenv.tracking import MlflowTracker, run_tags
 from mlenv.warm_start import OBJECTIVE_STATE, WARM_START, Difference, WarmStart
@@ -68,30 +71,11 @@ NORMALIZATION_ROWS = 262_144
 NAMED_FACTS = 25
 """Row groups that were passed over, and findings about the data, that the facts of a run name; the log has all."""
 
-_MAY_CHANGE = (
-    *("name", "output", "tracking.", "checks.", "calibration.", "data.path", "data.test", "data.workers.", "launch.", "job."),
-    *("loop.log_every_steps", "loop.checkpoint_every_steps", "loop.keep_checkpoints", "loop.stop_after_evaluations", "loop.device"),
-    *("loop.on_bad_loss", "loop.max_loss", "loop.max_skipped_steps", "loop.hang_timeout_seconds", "loop.keep_every_steps"),
-    "loop.checkpoint_url",
-    "data.content_hash",
-    "loop.strategy",
-    "embeddings.sharding",
-)
-"""Keys that a resumed training may set anew; any other would make it another model."""
-
 JOINS = "joins.json"
 """What the joins of a training found, by window."""
 
 SHARDING = "sharding.json"
 """Where each table lies, what of it on which rank, with how many bytes."""
-
-_HEADER = "# What mlenv composed of defaults, files and overrides.\n"
-
-_LENGTH = ("loop.max_steps", "data.num_epochs")
-"""Keys that a resumed training may set anew unless the learning rate follows from them."""
-
-_VALIDATION = ("data.validation", "loop.evaluate_every_steps")
-"""Keys that a resumed training may set anew unless the best step is chosen by them."""
 
 
 class Experiment:
@@ -125,12 +109,13 @@ class Experiment:
         if config.loop.device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("loop.device", expected="a device of this machine", received="cuda", fix="set it to auto or cpu")
         was_in_group = torch.distributed.is_initialized()
-        self.fabric = _fabric(config)
+        self.fabric = make_fabric(config)
         self.fabric.launch()
         self._started_process_group = torch.distributed.is_initialized() and not was_in_group
         self._sees_every_loss = sees_loss_for_free(self.fabric.device) if sees_every_loss is None else sees_every_loss
         self._sources: dict[Split, ParquetSource] = {}
         self._loaded: Path | None = None
+        self._profiled: ProfiledStep | None = None
         self._threads_before = torch.get_num_threads()
         if "OMP_NUM_THREADS" not in os.environ:
             processes, decoding = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), config.data.workers.local_threads
@@ -150,7 +135,7 @@ class Experiment:
         if config.embeddings.engine == "torchrec":
             fuse_optimizers(model, config.embeddings)
             model = strategy.setup_module(model)
-            fill_tables(model, config.embeddings, _dims(self.schema), config.seed)
+            fill_tables(model, config.embeddings, self.schema.table_dims, config.seed)
         else:
             model = strategy.setup_module(model.to(device))
         torch.manual_seed(config.seed + rank())  # building may draw more or fewer numbers; training starts from the same
@@ -191,21 +176,44 @@ class Experiment:
             return Objective(config, tasks, model, teach=self.teach, num_steps=self.total_steps, probe=probe).to(device)
 
     @cached_property
-    def step(self) -> TrainStep:
+    def compilation(self) -> Compilation | None:
+        """What came of compiling the model behind its embeddings, which is done here; None without ``loop.compile``."""
+        mode = self.config.loop.compile
+        if mode == "none":
+            return None
+        if mode == "cuda_graphs" and self.fabric.device.type != "cuda":
+            fix = "set it to kernels, or loop.device to cuda"
+            raise ConfigError("loop.compile", expected="none or kernels on a CPU", received=mode, fix=fix)
+        probe = example_batch(self.schema, self.config.data.batch_size).to(self.fabric.device)
+        return compile_dense_part(self.model, probe, mode, self.fabric.autocast)
+
+    @cached_property
+    def step(self) -> StepMeter:
         """One step of training."""
+        _ = self.compilation
         whole_tables = [table for table, options in options_of_tables(self.model, self.config.embeddings) if options.optimizer == "adam"]
         clip = [*self._dense_parameters, *whole_tables], self.config.optimizer.gradient_clip_norm
         rates, schedule = None, schedule_of(self.config.loop, self.total_steps)
         if schedule is not None:
             rates = LearningRates(self.optimizers, getattr(self.model, "fused_optimizer", None), schedule)
         accumulated = self.config.loop.accumulate_batches
-        empty = example_batch(self.schema, num_rows=0)
-        step = EagerStep(
-            self.fabric, self.model, self.optimizers, self.objective, clip, rates, self.shares, empty, self.average, accumulated
+        filler = example_batch(self.schema)  # two rows: TorchRec's sequences take no fewer than one, batch normalization than two
+        step: TrainStep = EagerStep(
+            self.fabric, self.model, self.optimizers, self.objective, clip, rates, self.shares, filler, self.average, accumulated
         )
-        if not self._sees_every_loss:
-            return step
-        return GuardedStep(step, self.model, self.objective, self.optimizers, self.config.loop, self._keep_bad_step, empty)
+        if self._sees_every_loss:
+            step = GuardedStep(step, self.model, self.objective, self.optimizers, self.config.loop, self._keep_bad_step, filler)
+        reads_ahead = self.config.loop.read_ahead
+        if reads_ahead or (reads_ahead is None and self.fabric.device.type == "cuda"):
+            step = ReadAheadStep(step, self.model, self.objective, self.fabric.device, filler, self.total_steps, accumulated)
+        if looked_at := self.config.loop.profile_steps:
+            if self.total_steps < WARM_UP_STEPS + looked_at:
+                expected = f"at most {max(self.total_steps - WARM_UP_STEPS, 0)}, so that the training is long enough"
+                raise ConfigError("loop.profile_steps", expected=expected, received=looked_at)
+            self._profiled = ProfiledStep(step, looked_at, self.fabric.device, self.output / PROFILE_FOLDER, self._keep_profile)
+            step = self._profiled
+        peak = peak_tflops(self.fabric.device, self.config.loop.precision, self.config.loop.peak_tflops)
+        return StepMeter(step, self.model, self.fabric.device, filler, peak)
 
     @cached_property
     def shares(self) -> Shares:
@@ -345,7 +353,7 @@ class Experiment:
         if not checkpoints:
             raise CheckpointError(str(self.output), expected="a checkpoint", received="none", fix="train first: mlenv train CONFIG")
         verify(checkpoints[-1])
-        self._check_schema(checkpoints[-1], _plain((checkpoints[-1] / CONFIG).read_text()))
+        check_schema(checkpoints[-1], (checkpoints[-1] / CONFIG).read_text(), self.schema)
         load_tensors(checkpoints[-1], model_tensors(self.model))
         self._loaded = checkpoints[-1]
         self.__dict__.pop("calibrators", None)  # those of another model
@@ -415,6 +423,8 @@ class Experiment:
             for split, source in self._sources.items()
             for join in source.joins.values()
         }
+        if (compilation := self.__dict__.get("compilation")) is not None:
+            prints["compilation"] = str(compilation)
         if "model" in self.__dict__ and world_size() > 1:
             prints["tables"] = "; ".join(f"{table} {placement}" for table, placement in self.placements.items())
         return {**windows, **prints, "device": str(self.fabric.device), **run_tags()}
@@ -432,6 +442,8 @@ class Experiment:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._signals.__exit__(kind, error, trace)
+        if self._profiled is not None:
+            self._profiled.close()
         torch.set_num_threads(self._threads_before)
         if "run" in self.__dict__:
             self.run.close()
@@ -493,8 +505,14 @@ class Experiment:
             return f"{statistics.origin}; the step could not be kept in {folder} ({error})"
         return f"{statistics.origin}; kept in {folder}, for mlenv.replay"
 
+    def _keep_profile(self, profile: StepProfile) -> None:
+        folder = self.output / PROFILE_FOLDER
+        write_whole(render_profile(profile, self.config.name), folder / PROFILE_PAGE)
+        self.keep(folder)
+        logger.info("%s: %s", folder / PROFILE_PAGE, limit_of(profile))
+
     def _gauges(self) -> dict[str, float]:
-        return {**self.objective.gauges(), **gate_gauges(self.model)}
+        return {**self.objective.gauges(), **gate_gauges(self.model), **self.step.gauges()}
 
     def _begin(self) -> None:
         """Prepares a model that starts from nothing, or from the weights of another one."""
@@ -548,65 +566,24 @@ class Experiment:
                 )
         return calibrators
 
-    def _check_schema(self, checkpoint: Path, saved: dict[str, Any]) -> None:
-        differences = from_plain(saved["schema"], Schema, str(checkpoint)).differences(self.schema)
-        if differences:
-            fix = "use the config it was trained with, or train in another output folder"
-            raise CheckpointError(
-                f"{checkpoint}, schema", expected="the schema it was trained with", received="; ".join(differences), fix=fix
-            )
-
     def _check_resumable(self, checkpoint: Path, text: str) -> None:
-        saved = _plain(text)
-        self._check_schema(checkpoint, saved)
-        before, now = leaves(saved), leaves(to_plain(self.config))
-        loop, taught = self.config.loop, self.config.objective.distillation
-        follows_length = loop.learning_rate_decay in ("linear", "cosine") or (taught is not None and taught.final_weight is not None)
-        may_change = _MAY_CHANGE + (() if follows_length else _LENGTH) + (() if loop.monitor else _VALIDATION)
-        progress = checkpoint / PROGRESS  # not there yet where the checkpoint is still to be fetched
-        num_before = len(json.loads(progress.read_text())["position"]) if progress.exists() else 0
-        if num_before != world_size():  # which may keep the examples of a step, over all ranks, or take the chance to change them
-            may_change += ("data.batch_size",)
-            if num_before and (total := num_before * before["data.batch_size"]) != (total_now := world_size() * now["data.batch_size"]):
-                logger.warning(
-                    "a step had %d examples over %d processes, and has %d over %d now", total, num_before, total_now, world_size()
-                )
-        changed = [
-            f"{key}: {before.get(key)!r} became {now.get(key)!r}"
-            for key in {**before, **now}
-            if before.get(key) != now.get(key) and not key.startswith(("schema.", *may_change)) and not _divides_a_table(key)
-        ]
-        if changed:
-            fix = "put them back, or train in another output folder"
-            raise CheckpointError(f"{checkpoint}, config", expected="the values it was trained with", received="; ".join(changed), fix=fix)
+        check_resumable(self.config, checkpoint, text)
         if known := self._known_dataset:
             check_same_content(known, self.dataset, checkpoint)
 
     def _occupy(self) -> None:
-        """Makes the output folder and keeps a second training out of it."""
-        written = self.output / CONFIG
-        if (self.output.exists() and not self.output.is_dir()) or (written.exists() and not written.read_text().startswith(_HEADER)):
-            received = f"a file {CONFIG} of your own" if written.exists() else "a file"
-            raise ConfigError("output", expected="a folder for the run alone", received=received, fix="set output to another folder")
-        if self._lock is not None:
-            return
-        self.output.mkdir(exist_ok=True)
-        self._lock = (self.output / ".lock").open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise MlenvError(
-                f"{self.output}: another training is writing here. Fix: wait for it, or set output to another folder."
-            ) from error
+        self._lock = self._lock or occupy(self.output)
 
     def _record_start(self) -> None:
         """Writes the config and begins the tracked run, once it is certain that the training goes on."""
         write_whole(self.dataset.to_json(), self.output / DATASET_FILE)
-        write_whole(_HEADER + to_yaml(self.config), self.output / CONFIG)
+        write_config(self.config)
         placements = {table: dataclasses.asdict(placement) for table, placement in self.placements.items()}
         write_whole(json.dumps(placements, indent=2), self.output / SHARDING)
         if joins := {split: source.joins for split, source in self._sources.items() if source.joins}:
             write_whole(json.dumps(joins, indent=2), self.output / JOINS)
+        if self.compilation is not None:
+            write_whole(json.dumps(dataclasses.asdict(self.compilation), indent=2), self.output / COMPILATION_FILE)
         if self._taken is not None:
             write_whole(self._taken.to_json(), self.output / WARM_START)
         tracking = self.config.tracking
@@ -620,48 +597,16 @@ class Experiment:
         self._tracker.log_inputs(mlflow_inputs(self.dataset))
         self.keep(self.output / CONFIG)
         self.keep(self.output / DATASET_FILE)
-        self.keep(self.output / SHARDING)
-        if joins:
-            self.keep(self.output / JOINS)
-        if self._taken is not None:
-            self.keep(self.output / WARM_START)
-
-
-def _divides_a_table(key: str) -> bool:
-    return key.startswith("embeddings.tables.") and key.endswith(".sharding")
-
-
-def _dims(schema: Schema) -> dict[str, int]:
-    """Width of each table."""
-    return {name: table.embedding_dim for name, table in schema.tables.items()}
-
-
-def _fabric(config: ExperimentConfig) -> Fabric:
-    """Device, precision and strategy; with a launcher's processes in one group when it is launched."""
-    loop, embeddings, is_launched = config.loop, config.embeddings, started_by_launcher()
-    num_processes = int(os.environ["WORLD_SIZE"]) if is_launched else 1
-    num_local = int(os.environ.get("LOCAL_WORLD_SIZE", num_processes)) if is_launched else 1
-    strategy: str | TorchRecStrategy = "auto"
-    if is_launched or embeddings.engine == "torchrec":
-        constraints = constraints_of(embeddings, _dims(config.schema), num_processes) if embeddings.engine == "torchrec" else None
-        strategy = TorchRecStrategy(constraints, dense="fsdp" if loop.strategy == "fsdp" else "ddp")
-    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)  # which processes there are, the log says already
-    return Fabric(
-        accelerator=loop.device,
-        devices=num_local,
-        num_nodes=num_processes // num_local,
-        precision=loop.precision,
-        strategy=strategy,
-        plugins=[TorchElasticEnvironment()] if is_launched else None,
-    )
+        for name, is_there in (
+            (SHARDING, True),
+            (JOINS, bool(joins)),
+            (COMPILATION_FILE, self.compilation is not None),
+            (WARM_START, self._taken is not None),
+        ):
+            if is_there:
+                self.keep(self.output / name)
 
 
 def sees_loss_for_free(device: torch.device) -> bool:
     """Whether reading the loss of every step costs nothing: the step is done by then, and no device has to be waited for."""
     return device.type == "cpu"
-
-
-def _plain(text: str) -> dict[str, Any]:
-    plain = OmegaConf.to_container(OmegaConf.create(text))
-    assert isinstance(plain, dict)
-    return plain  # type: ignore[return-value]

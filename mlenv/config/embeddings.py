@@ -55,6 +55,9 @@ class EmbeddingsConfig:
     """L2 penalty: this times a row is added to its gradient; of the rows that a step looks up, under adam of all rows; sgd has none."""
     sharding: Sharding | None = None
     """How the engine torchrec divides tables over processes; null leaves it to TorchRec's planner. column_wise wants sgd."""
+    communication_precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """In what the engine torchrec sends vectors between processes; tables stay float32. Their gradients go in bf16 under either of the
+    others, but on a CPU, which sends no bf16, in fp32."""
     tables: dict[str, TableConfig] = field(default_factory=dict)
     """What is different for a table, by its name in ``schema.tables``."""
 

@@ -126,6 +126,8 @@ def test_a_part_by_hand():
     assert quarter.vectors == Sent(40 * 16 * 3 / 4 / 2, 40 * 16 * 3 / 4 / 2)  # a part of every bag, by two rings
     events = shard_load("row_wise", TableShard(0, 25, 4, 500), [Lookup(3, is_pooled=False)], cluster, 10)
     assert events.vectors == Sent(30 / 4 * 16, 60 / 4 * 16)  # a row is sent by the one rank that has it
+    halved = shard_load("row_wise", TableShard(0, 25, 4, 500), [Lookup(3)], cluster, 10, sent_bytes=2)
+    assert halved == replace(quarter, vectors=Sent(quarter.vectors.host / 2, quarter.vectors.network / 2))
     nothing = shard_load("row_wise", TableShard(3, 0, 4, 0), [Lookup(1)], cluster, 10)
     assert nothing.vectors.host > 0, "a rank without rows takes part with zeros"
 
