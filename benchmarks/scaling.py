@@ -44,7 +44,7 @@ def measure(folder: Path) -> Result:
     tables, growth = [], 0.0
     for name, sizes in AXES.items():
         ways = {_label(size, sizes): size for size in sizes}
-        rates = _rates(folder, ways)
+        rates = _rates(folder / name, ways)
         first, last = next(iter(ways)), list(ways)[-1]
         growth = growth or median_ratio(rates, first, last)
         tables.append(
@@ -60,13 +60,14 @@ def measure(folder: Path) -> Result:
 
 def _rates(folder: Path, ways: Mapping[str, Size]) -> dict[str, list[float]]:
     """Steps/s of each way, in turn."""
+    folder.mkdir()
     cores = sorted(os.sched_getaffinity(0))
     with ExitStack() as stack:
         contenders = {}
-        for place, (way, size) in enumerate(ways.items()):
+        for way, size in ways.items():
             numbers = map(str, (size.features, size.rows, size.batch, size.ranks))
-            command = ["-m", "benchmarks.scaling_step", size.engine, *numbers, str(folder / f"set {place}")]
-            contender = Contender(command, {"OMP_WAIT_POLICY": "PASSIVE"}, folder / f"{place}.log", set(cores[: size.cores]))
+            command = ["-m", "benchmarks.scaling_step", size.engine, *numbers, str(folder / way)]
+            contender = Contender(command, {"OMP_WAIT_POLICY": "PASSIVE"}, folder / f"{way}.log", set(cores[: size.cores]))
             contenders[way] = stack.enter_context(contender)
         return rates_in_turn(contenders, REPETITIONS, SECONDS, batch_size=1)  # of steps, not of rows
 
