@@ -108,7 +108,7 @@ def shard_tables(
         EmbeddingBagCollectionSharder(qcomm_codecs_registry=codecs),
         EmbeddingCollectionSharder(qcomm_codecs_registry=codecs),
     ]
-    with warnings.catch_warnings(), _quiet("torchrec"), _quiet(""):
+    with warnings.catch_warnings(), quiet("torchrec"), quiet(""):
         warnings.simplefilter("ignore")  # the planner talks of hardware that a user cannot change
         free = free_bytes(device)
         topology = Topology(
@@ -230,7 +230,7 @@ def _codecs(precision: str, device: torch.device) -> dict[str, Any] | None:
         raise ConfigError("embeddings.communication_precision", expected="fp32 or fp16 on a CPU", received=precision, fix=fix)
     gradients = CommType.FP32 if is_cpu else CommType.BF16
     options = QCommsConfig(forward_precision=CommType[precision.upper()], backward_precision=gradients)
-    with _quiet("torchrec"), _quiet(""):
+    with quiet("torchrec"), quiet(""):
         codecs: dict[str, Any] | None = get_qcomm_codecs_registry(options, device=device)
     return codecs
 
@@ -254,7 +254,7 @@ def _local_parts(weight: Any) -> list[tuple[Tensor, int, int]]:
     return [(piece.tensor, *piece.metadata.shard_offsets) for piece in weight.local_shards()]
 
 
-class _quiet:
+class quiet:
     """Holds back the warnings of a logger, by name; the root logger's name is empty."""
 
     def __init__(self, name: str) -> None:
