@@ -557,11 +557,10 @@ def _serve(options: argparse.Namespace) -> int:
     from mlenv.serving.server import ServerOptions, serve
 
     wanted = ServerOptions(host=options.host, port=options.port, max_rows=options.max_rows, max_bytes=options.max_bytes)
-    package = open_package(options.package)
     if options.dry_run:
-        print(f"would serve {package.facts['name']} ({', '.join(package.formats)}) at http://{wanted.host}:{wanted.port}/predict")
+        print(f"would serve {options.package} at http://{wanted.host}:{wanted.port}/predict")
         return DONE
-    predictor = Predictor(package, options.format, options.threads)
+    predictor = Predictor(open_package(options.package), options.format, options.threads)
     serve(predictor, wanted, ServedLog(options.log, predictor.tasks) if options.log else None)
     return DONE
 

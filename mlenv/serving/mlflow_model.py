@@ -14,7 +14,6 @@ from mlenv.serving.columns import from_rows
 from mlenv.serving.package import open_package
 from mlenv.serving.predictor import Predictor
 
-
 ARTIFACT = "package"
 """Folder of a run that holds the package."""
 
