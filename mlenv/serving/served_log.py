@@ -27,7 +27,7 @@ FILE_SECONDS = 60.0
 class ServedLog:
     """Gathers requests in memory and writes them file by file, each whole or not at all.
 
-    Columns: ``request_id``, ``row``, ``served_at``, then the raw values of the request and ``prediction_TASK``. A file that
+    Columns: ``served_request_id``, ``served_row``, ``served_at``, then the raw values of the request and ``prediction_TASK``. A file that
     cannot be written costs its rows and a warning, never an answer. Close it to write the rest.
 
     Raises:
@@ -47,8 +47,8 @@ class ServedLog:
         """Keeps one request."""
         now = pa.scalar(time.time_ns() // 1000, pa.timestamp("us", "UTC"))
         columns = {
-            "request_id": pa.repeat(request_id, rows.num_rows),
-            "row": pa.array(np.arange(rows.num_rows, dtype=np.int32)),
+            "served_request_id": pa.repeat(request_id, rows.num_rows),
+            "served_row": pa.array(np.arange(rows.num_rows, dtype=np.int32)),
             "served_at": pa.repeat(now, rows.num_rows),
             **{field.name: rows.column(field.name) for field in rows.schema},
             **{f"prediction_{task}": pa.array(predictions[:, place]) for place, task in enumerate(self._tasks)},

@@ -118,6 +118,7 @@ def serve(predictor: Predictor, options: ServerOptions, log: ServedLog | None = 
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((options.host, options.port))
+        listener.listen(2048)  # who reads the address below may call at once
     except (OSError, OverflowError) as error:
         listener.close()
         raise MlenvError(f"port {options.port} of {options.host}: {error}. Fix: choose another one with --port.") from error
