@@ -114,7 +114,7 @@ class TorchEmbeddings(nn.Module):
                 )
                 pooling = self.layout.tables[key.table].pooling
                 pooled.append(_embedding_bag(ids, table, lengths[place], weights, pooling))
-        return EmbeddedFeatures(_side_by_side(pooled, lengths), _joined_fields(events))
+        return EmbeddedFeatures(side_by_side(pooled, lengths), joined_fields(events))
 
 
 class TorchRecEmbeddings(nn.Module):
@@ -177,8 +177,8 @@ class TorchRecEmbeddings(nn.Module):
                     pooled.append(vectors)
                 else:
                     weights = found[key.name].weights_or_none() if key.group == "weighted_bag" else None
-                    pooled.append(_pool(vectors, lengths[place], weights, self.layout.tables[key.table].pooling))
-        return EmbeddedFeatures(_side_by_side(pooled, lengths), _joined_fields(events))
+                    pooled.append(pool(vectors, lengths[place], weights, self.layout.tables[key.table].pooling))
+        return EmbeddedFeatures(side_by_side(pooled, lengths), joined_fields(events))
 
     def send_ahead(self, sparse: SparseFeatures) -> None:
         """Starts to send the ids of a later batch to the ranks that hold their rows, once the tables are divided over them.
@@ -223,11 +223,11 @@ def rows_of_bags(lengths: Tensor, total: int) -> Tensor:
     return torch.repeat_interleave(examples, lengths, output_size=total)
 
 
-def _pool(vectors: Tensor, lengths: Tensor, weights: Tensor | None, pooling: str) -> Tensor:
+def pool(vectors: Tensor, lengths: Tensor, weights: Tensor | None, pooling: str) -> Tensor:
     """Sums ``(ids, dim)`` vectors per bag to ``(batch, dim)``; mean divides by the number of ids."""
     if weights is not None:
         vectors = vectors * weights.unsqueeze(1)
-    pooled = vectors.new_zeros(len(lengths), vectors.shape[1]).index_add(0, rows_of_bags(lengths, len(vectors)), vectors)
+    pooled = vectors.new_zeros(lengths.shape[0], vectors.shape[1]).index_add(0, rows_of_bags(lengths, vectors.shape[0]), vectors)
     return _divide(pooled, lengths, pooling)
 
 
@@ -242,15 +242,15 @@ def _divide(sums: Tensor, lengths: Tensor, pooling: str) -> Tensor:
     return sums / lengths.clamp(min=1).unsqueeze(1) if pooling == "mean" else sums
 
 
-def _side_by_side(vectors: list[Tensor], lengths: Tensor) -> Tensor:
+def side_by_side(vectors: list[Tensor], lengths: Tensor) -> Tensor:
     if not vectors:
         return torch.zeros(lengths.shape[1], 0, device=lengths.device)
     return vectors[0] if len(vectors) == 1 else torch.cat(vectors, dim=1)
 
 
-def _joined_fields(events: dict[str, list[EmbeddedSequence]]) -> dict[str, EmbeddedSequence]:
+def joined_fields(events: dict[str, list[EmbeddedSequence]]) -> dict[str, EmbeddedSequence]:
     """Fields of one sequence side by side; their lengths agree, which the encoding checked."""
     return {
-        feature: EmbeddedSequence(_side_by_side([field.values for field in fields], fields[0].lengths), fields[0].lengths)
+        feature: EmbeddedSequence(side_by_side([field.values for field in fields], fields[0].lengths), fields[0].lengths)
         for feature, fields in events.items()
     }

@@ -41,7 +41,7 @@ SAID = {
 MOST_STEPS = 15
 """Between two failures."""
 SETTINGS = [
-    *("data.num_epochs=40", "data.batch_size=64", "embeddings.engine=torchrec", "embeddings.sharding=table_wise"),
+    *("data.num_epochs=120", "data.batch_size=64", "embeddings.engine=torchrec", "embeddings.sharding=table_wise"),
     *("loop.keep_checkpoints=3", "launch.num_processes=2", "launch.max_restarts=100"),
 ]
 
@@ -52,14 +52,15 @@ class MlflowServer:
     def __init__(self, folder: Path, port: int) -> None:
         self._folder, self._port = folder, port
         self.start()
+        wait_until(lambda: is_healthy(port), timeout_seconds=120)
 
     def start(self) -> None:
+        """Answers some seconds later, in which the training goes on."""
         options = ["--backend-store-uri", "sqlite:///server.db", "--artifacts-destination", "files", "--workers", "1"]
         command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self._port), *options]
         environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
         quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
         self._process = subprocess.Popen(command, cwd=self._folder, env=environment, **quiet)
-        wait_until(lambda: is_healthy(self._port), timeout_seconds=120)
 
     def kill(self) -> None:
         os.killpg(self._process.pid, signal.SIGKILL)
