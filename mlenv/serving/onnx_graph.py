@@ -79,7 +79,9 @@ def without_chatter() -> Iterator[None]:
 
 
 def _translations() -> dict[Any, Any]:
-    from onnxscript import opset18 as op
+    from onnxscript import opset18
+
+    op: Any = opset18  # its types follow tensors through no expression: what an operator returns fits no other
 
     def rows_of_bags(lengths: Any, output_size: Any = None) -> Any:
         """repeat_interleave of a range: for each id the number of bags that end at or before it."""
