@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -131,15 +132,20 @@ def server(tmp_path, port) -> Iterator[MlflowServer]:
 
 
 def ray_workers() -> list[int]:
-    """Process ids of those that run Ray tasks, or wait for one."""
+    """Process ids of those of this test's cluster that run Ray tasks, or wait for one."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if (folder / "cmdline").read_bytes().startswith(b"ray::"):
+        with contextlib.suppress(OSError):
+            if (folder / "cmdline").read_bytes().startswith(b"ray::") and os.getpid() in ancestors(int(folder.name)):
                 found.append(int(folder.name))
-        except OSError:
-            continue
     return found
+
+
+def ancestors(process: int) -> Iterator[int]:
+    while process > 1:
+        status = Path(f"/proc/{process}/status").read_text()
+        process = int(re.search(r"^PPid:\s+(\d+)", status, re.MULTILINE)[1])
+        yield process
 
 
 def test_twenty_failures_cost_no_bit_and_the_log_tells_of_each(demo_arguments, tmp_path, small_disk, cluster, server, port):
