@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from mlenv.batch import Extra
 from mlenv.errors import DataError, MlenvError, nearest
 from mlenv.schema import Binary, DenseVector, Schema
+
+if TYPE_CHECKING:
+    from mlenv.batch import Extra
 
 
 def extra_columns(schema: Schema, extras: Collection[Extra]) -> tuple[str, ...]:

@@ -9,15 +9,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 from numpy.typing import NDArray
 
-from mlenv.batch import Batch, Position, SparseFeatures
 from mlenv.schema import Schema
+
+if TYPE_CHECKING:
+    import torch
+
+    from mlenv.batch import Batch, Position, SparseFeatures
 
 Integers = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -134,6 +137,10 @@ def _one_batch(batches: Sequence[pa.RecordBatch]) -> pa.RecordBatch:
 
 def to_batch(parts: Sequence[EncodedRows], position: Position) -> Batch:
     """Lays consecutive pieces of rows out as one batch, key-major."""
+    import torch
+
+    from mlenv.batch import Batch  # here, because a server that encodes features needs no torch
+
     requests, teacher = _joined_if_asked([part.requests for part in parts]), _joined_if_asked([part.teacher for part in parts])
     return Batch(
         sparse=_sparse_features(parts),
@@ -159,6 +166,10 @@ def ranges(starts: Integers, lengths: Integers) -> tuple[Integers, Integers]:
 
 
 def _sparse_features(parts: Sequence[EncodedRows]) -> SparseFeatures:
+    import torch
+
+    from mlenv.batch import SparseFeatures
+
     keys = parts[0].schema.sparse_keys
     pieces = [[part.sparse[place] for part in parts] for place in range(len(keys))]
     values = _joined([piece.values for key in pieces for piece in key]) if keys else np.empty(0, np.int64)
@@ -190,6 +201,8 @@ def _dense_matrix(parts: Sequence[EncodedRows]) -> Floats:
 @lru_cache(maxsize=8)
 def _single_lengths(bags: int) -> torch.Tensor:
     """Lengths of bags with one id each; nobody writes to them, so batches share them."""
+    import torch
+
     return torch.ones(bags, dtype=torch.int32)
 
 

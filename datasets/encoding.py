@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mlenv.batch import Extra
 from mlenv.datasets.encoded_rows import EncodedRows, Floats, Integers, Jagged, ranges
 from mlenv.datasets.hashing import as_int64, hash_ids
 from mlenv.datasets.lists import as_list, list_lengths
 from mlenv.schema import Binary, DenseColumn, DenseVector, Feature, Numeric, Schema, SparseKey, Table
+
+if TYPE_CHECKING:
+    from mlenv.batch import Extra
 
 
 class RowError(Exception):
@@ -29,10 +32,8 @@ def encode(rows: pa.RecordBatch, schema: Schema, *, extras: Collection[Extra] = 
     Raises:
         RowError: names the first row whose value cannot be used.
     """
-    _check_aligned(rows, schema)
-    sparse = tuple(_encode_key(rows.column(key.column), key, schema.tables[key.table]) for key in schema.sparse_keys)
+    sparse, dense = encode_features(rows, schema)
     labels, weights = _encode_labels(rows, schema)
-    dense = tuple(_encode_dense(rows, column, schema.features[column.name]) for column in schema.dense_columns)
     metadata = rows.select(list(schema.metadata_columns)) if "metadata" in extras else None
     requests = _encode_requests(rows.column(schema.request)) if "requests" in extras else None
     teacher = _encode_teacher(rows, schema) if "teacher" in extras else None
@@ -53,6 +54,17 @@ def encode_missing(schema: Schema) -> tuple[dict[str, int], Floats]:
             nothing = pa.record_batch({column.column: pa.nulls(1, pa.bool_() if isinstance(feature, Binary) else pa.float64())})
             dense[column.start] = _encode_dense(nothing, column, feature)[0]
     return ids, dense
+
+
+def encode_features(rows: pa.RecordBatch, schema: Schema) -> tuple[tuple[Jagged, ...], tuple[Floats, ...]]:
+    """The features alone, which is all that a server has: ``EncodedRows.sparse`` and ``EncodedRows.dense``.
+
+    Raises:
+        RowError: see encode.
+    """
+    _check_aligned(rows, schema)
+    sparse = tuple(_encode_key(rows.column(key.column), key, schema.tables[key.table]) for key in schema.sparse_keys)
+    return sparse, tuple(_encode_dense(rows, column, schema.features[column.name]) for column in schema.dense_columns)
 
 
 def _encode_key(column: pa.Array, key: SparseKey, table: Table) -> Jagged:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from mlenv.batch import Batch
 from mlenv.config import CALIBRATORS, CalibratorConfig
-from mlenv.errors import CheckpointError, DataError, MlenvError, PlacedError
+from mlenv.datasets.segments import segment_codes, segment_texts
+from mlenv.errors import CheckpointError, MlenvError, PlacedError
 from mlenv.kinds import class_of, kind_of
 from mlenv.loops.metrics import MAX_SEGMENT_VALUES
 
@@ -46,7 +47,7 @@ class Calibrator:
         """
         if not self.segments:
             return self.module(logits)  # type: ignore[no-any-return]
-        codes = [_codes(_texts(metadata, column), values) for column, values in self.segments.items()]
+        codes = [segment_codes(segment_texts(metadata, column), values) for column, values in self.segments.items()]
         return self.module(logits, torch.from_numpy(np.stack(codes, axis=1)))  # type: ignore[no-any-return]
 
 
@@ -79,7 +80,11 @@ def fit_calibrators(
         columns_of_task = (values[:, tasks.index(task)] for values in (held_out.logits, held_out.labels, held_out.weights))
         logits, labels, weights = (values.astype(np.float64) for values in columns_of_task)
         segments = {column: _heaviest(held_out.segments[column], weights) for column in config.segments}
-        codes = np.stack([_codes(held_out.segments[column], values) for column, values in segments.items()], axis=1) if segments else None
+        codes = (
+            np.stack([segment_codes(held_out.segments[column], values) for column, values in segments.items()], axis=1)
+            if segments
+            else None
+        )
         try:
             fitted[task] = Calibrator(kind_of(config, CALIBRATORS), config.fit(logits, labels, weights, codes), segments)
         except MlenvError as error:
@@ -133,19 +138,9 @@ class _Rows:
             for part, tensor in zip(parts, (logits, batch.labels, batch.weights), strict=True):
                 part.append(tensor.cpu().numpy())
             for column in columns:
-                texts[column].append(_texts(batch.metadata, column))
+                texts[column].append(segment_texts(batch.metadata, column))
         self.logits, self.labels, self.weights = (np.concatenate(part) for part in parts)
         self.segments = {column: pa.chunked_array(values, pa.string()) for column, values in texts.items()}
-
-
-def _texts(metadata: pa.RecordBatch | None, column: str) -> pa.Array:
-    """A segment column as text, as the metrics name its values."""
-    names = metadata.schema.names if metadata is not None else []
-    if metadata is None or column not in names:
-        fix = "add the column to schema.segments"
-        raise DataError("metadata of the batch", expected=f"the column {column!r} for the calibrator", received=names, fix=fix)
-    values = metadata.column(column)
-    return (values.cast(values.type.value_type) if pa.types.is_dictionary(values.type) else values).cast(pa.string())
 
 
 def _heaviest(values: pa.ChunkedArray, weights: NDArray[np.float64]) -> tuple[str, ...]:
@@ -154,10 +149,3 @@ def _heaviest(values: pa.ChunkedArray, weights: NDArray[np.float64]) -> tuple[st
     counts = counts.filter(pc.and_(pc.is_valid(counts["value"]), pc.greater(counts["weight_sum"], 0)))
     counts = counts.sort_by([("weight_sum", "descending"), ("value", "ascending")])
     return tuple(counts["value"].to_pylist()[:MAX_SEGMENT_VALUES])
-
-
-def _codes(texts: pa.Array | pa.ChunkedArray, values: tuple[str, ...]) -> NDArray[np.int64]:
-    """``(rows,)``: 0 for null and unknown values, otherwise the place in ``values``, from 1 on."""
-    places = pc.fill_null(pc.index_in(texts, value_set=pa.array(values, pa.string()), skip_nulls=True), -1)
-    codes: NDArray[np.int64] = places.to_numpy().astype(np.int64) + 1
-    return codes
