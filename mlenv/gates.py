@@ -116,14 +116,21 @@ class Cost:
 
 @dataclass(frozen=True, kw_only=True)
 class Loss:
-    """AUC that a model loses when features are missing from some of the rows."""
+    """AUC of the models when features are missing from some of the rows."""
 
     features: str
     """What was taken away, in words."""
     task: str
-    challenger: float
+    whole: float
+    """The challenger's AUC with them."""
+    without: float
+    """And without."""
     champion: float | None
-    """None when it has no such task or features, or there is no champion."""
+    """The champion's without; None when it has no such task or features, or there is no champion."""
+
+    @property
+    def loss(self) -> float:
+        return self.whole - self.without
 
 
 def measure(rows: PairedRows, config: GatesConfig, *, seed: int = 0) -> list[Figure]:
@@ -315,13 +322,12 @@ def _judge_cost(subject: str, value: float, champion: float | None, ratio: float
 
 
 def judge_missing(losses: Iterable[Loss], config: GatesConfig) -> Iterator[Judgement]:
-    """No feature that a model cannot do without, or can do without less than the champion."""
+    """No features that the model cannot do without, and without none of them is it behind the champion."""
     for loss in losses:
-        detail = (
-            f"loses {loss.challenger:.4f} of its AUC when {config.missing_share:.0%} of the rows lack it, may lose {config.missing_loss:g}"
-        )
-        is_passed = not loss.challenger > config.missing_loss
+        detail = f"AUC {loss.whole:.4f} falls by {loss.loss:.4f} when {config.missing_share:.0%} of the rows lack it"
+        detail += f", may fall by {config.missing_loss:g}"
+        is_passed = not loss.loss > config.missing_loss
         if loss.champion is not None:
-            detail += f"; the champion loses {loss.champion:.4f}, it may lose {config.missing_loss_over_champion:g} more"
-            is_passed = is_passed and not loss.challenger - loss.champion > config.missing_loss_over_champion
+            detail += f"; the champion's is {loss.champion:.4f} then, it may be {config.missing_behind_champion:g} behind"
+            is_passed = is_passed and not loss.champion - loss.without > config.missing_behind_champion
         yield Judgement(gate="missing features", subject=f"{loss.features}, {loss.task}", is_passed=is_passed, detail=detail)

@@ -64,8 +64,8 @@ class Scored:
     predictions: NDArray[np.float64]
     metrics: Mapping[str, float]
     """As ``metrics.json`` has them."""
-    losses: Mapping[tuple[str, str], float]
-    """AUC lost without features, by what they are and task."""
+    without: Mapping[tuple[str, str], tuple[float, float]]
+    """AUC with features and without them, by what they are and task."""
     example: Batch
     """Some of the rows, to take the time of."""
 
@@ -140,7 +140,7 @@ class StoredScorer:
             weights=weights,
             predictions=scored,
             metrics=metrics.compute(),
-            losses=missing.losses(),
+            without=missing.compute(),
             example=example,
         )
 
@@ -165,14 +165,11 @@ class _MissingMetrics:
             without = self._scorer(self._missing.of(batch, features, rows))
             self._without[name].update(without, batch.labels, batch.weights)
 
-    def losses(self) -> dict[tuple[str, str], float]:
+    def compute(self) -> dict[tuple[str, str], tuple[float, float]]:
         whole = self._whole.compute()
-        found = {
-            (name, task): whole[f"{task}/auc"] - without[f"{task}/auc"]
-            for name, without in ((name, metrics.compute()) for name, metrics in self._without.items())
-            for task in self._tasks
-        }
-        return {key: loss for key, loss in found.items() if np.isfinite(loss)}
+        without = {name: metrics.compute() for name, metrics in self._without.items()}
+        found = {(name, task): (whole[f"{task}/auc"], without[name][f"{task}/auc"]) for name in without for task in self._tasks}
+        return {key: aucs for key, aucs in found.items() if np.isfinite(aucs).all()}
 
 
 def measure_costs(scorers: Sequence[StoredScorer], scored: Sequence[Scored]) -> list[Cost]:
@@ -260,9 +257,9 @@ def _segment(column: pa.ChunkedArray, rows: Ints) -> SegmentColumn:
 
 
 def missing_losses(challenger: Scored, champion: Scored | None) -> list[Loss]:
-    """What both lose without features."""
-    others = {} if champion is None else champion.losses
+    """What both are without features."""
+    others = {} if champion is None else champion.without
     return [
-        Loss(features=features, task=task, challenger=loss, champion=others.get((features, task)))
-        for (features, task), loss in challenger.losses.items()
+        Loss(features=features, task=task, whole=whole, without=without, champion=others.get((features, task), (0.0, None))[1])
+        for (features, task), (whole, without) in challenger.without.items()
     ]

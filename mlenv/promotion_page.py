@@ -109,9 +109,10 @@ def _losses(losses: Sequence[Loss]) -> Table:
         [
             Cell(loss.features),
             Cell(loss.task),
-            Cell(f"{loss.challenger:.5f}"),
+            Cell(f"{loss.whole:.5f}"),
+            Cell(f"{loss.without:.5f}", [f"{-loss.loss:+.5f}"]),
             Cell("" if loss.champion is None else f"{loss.champion:.5f}"),
         ]
         for loss in losses
     ]
-    return Table(["Missing", "Task", "Challenger loses", "Champion loses"], 2, rows)
+    return Table(["Missing", "Task", "AUC", "Without", "Champion without"], 2, rows)

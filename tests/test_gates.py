@@ -168,10 +168,10 @@ def test_cost_missing_features_and_data() -> None:
     assert passed == [False, True]  # 1.58 times as slow
     assert [one.is_passed for one in judge_cost(Cost(milliseconds=3, bytes=1100), None, config)] == [True, False]
     losses = [
-        Loss(features="user features", task="click", challenger=0.02, champion=0.015),
-        Loss(features="item features", task="click", challenger=0.03, champion=0.015),
-        Loss(features="context features", task="click", challenger=0.06, champion=0.06),
-        Loss(features="request features", task="click", challenger=0.04, champion=None),
+        Loss(features="user features", task="click", whole=0.8, without=0.76, champion=0.765),
+        Loss(features="item features", task="click", whole=0.8, without=0.76, champion=0.775),
+        Loss(features="context features", task="click", whole=0.8, without=0.74, champion=0.6),
+        Loss(features="request features", task="click", whole=0.8, without=0.76, champion=None),
     ]
     assert [one.is_passed for one in judge_missing(losses, config)] == [True, False, False, True]
     finding = Finding("fail", "psi", "price", 0.5, 0.25, "it moved")

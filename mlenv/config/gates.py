@@ -72,8 +72,8 @@ class GatesConfig:
     """Share of the rows in which features are taken away, those of an entity together and each core feature, to see what a model loses."""
     missing_loss: float = 0.05
     """AUC that a model may lose by it."""
-    missing_loss_over_champion: float = 0.01
-    """AUC that it may lose more than the champion does."""
+    missing_behind_champion: float = 0.01
+    """AUC by which it may be behind the champion when both lack the same."""
     missing_rows: int = 100_000
     """Rows that this is measured on; 0 for none, and it is not judged."""
     latency_ratio: float | None = 1.5
@@ -86,7 +86,7 @@ class GatesConfig:
     """Most bytes that its parameters may take; null for no limit."""
 
     def __post_init__(self) -> None:
-        for name in ("calibration", "segment_calibration", "missing_loss", "missing_loss_over_champion", "missing_rows"):
+        for name in ("calibration", "segment_calibration", "missing_loss", "missing_behind_champion", "missing_rows"):
             check_at_least(name, getattr(self, name), 0)
         for name in ("latency_ratio", "latency_milliseconds", "size_ratio", "size_bytes", "resamples", "least_labels"):
             if getattr(self, name) is not None:
