@@ -95,7 +95,7 @@ def test_what_is_of_another_type_is_named(field, value):
 
 
 def test_missing_fields_are_named_and_not_too_many():
-    with pytest.raises(RowsError, match="row 0, field 'item': expected an integer. Received: nothing"):
+    with pytest.raises(RowsError, match=r"row 0, field 'item': expected an integer\. Received: nothing"):
         from_rows([{name: value for name, value in ROW.items() if name != "item"}], COLUMNS)
     with pytest.raises(RowsError) as raised:
         from_rows([{}] * 100, COLUMNS)
