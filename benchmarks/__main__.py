@@ -14,8 +14,8 @@ from pathlib import Path
 from benchmarks.machine import describe_machine
 
 BENCHMARKS = (
-    *("loader", "negative_sampling", "training_loop", "thread_budget", "table_size", "jagged_sequences", "crossings", "optimizers"),
-    *("kuairand", "calibration", "frappe", "distillation", "checkpoints"),
+    *("loader", "negative_sampling", "training_loop", "thread_budget", "scaling", "jagged_sequences", "crossings", "optimizers"),
+    *("kuairand", "calibration", "frappe", "distillation", "checkpoints", "compile"),
 )
 RESULTS = Path(__file__).parent / "results"
 

@@ -16,8 +16,8 @@ from mlenv.modules import MLPConfig, RankerConfig
 
 NUM_EMBEDDINGS = 900_000
 REPETITIONS, PLAIN_STEPS = 5, 40
-TARGET = 0.5
-"""Largest share of the time that writing takes which the training may lose."""
+TARGET = 0.3
+"""Largest share of the time that writing takes for which the training may stand still."""
 
 
 def measure(folder: Path) -> Result:
@@ -70,10 +70,10 @@ def measure(folder: Path) -> Result:
         ["waits until it is written", f"{waited:.2f} s", "0.00 s", f"{waited:.2f} s"],
         ["goes on once all is copied", f"{copied:.2f} s", f"{slow:.2f} s", f"{copied + slow:.2f} s"],
     ]
-    share = (copied + slow) / waited
+    share = copied / waited
     return Result(
         f"A checkpoint of {gigabytes:.1f} GB of tables and their optimizer's state: what the training loses",
         markdown_table(["the training", "stands still", "slower steps meanwhile", "in all"], rows),
-        f"Going on costs {share:.2f} of what waiting costs (target: at most {TARGET}).",
+        f"It stands still for {share:.2f} of the time that writing takes (target: at most {TARGET}); then the cores are shared.",
         share <= TARGET,
     )

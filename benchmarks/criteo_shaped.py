@@ -13,9 +13,9 @@ from mlenv.schema import Categorical, Label, Numeric, Schema, Table
 NUM_CATEGORICAL, NUM_NUMERIC, EMBEDDING_DIM = 26, 13, 16
 
 
-def schema_of(num_embeddings: int) -> Schema:
+def schema_of(num_embeddings: int, num_categorical: int = NUM_CATEGORICAL) -> Schema:
     """The schema for tables of ``num_embeddings`` rows each."""
-    categorical = [f"C{number}" for number in range(NUM_CATEGORICAL)]
+    categorical = [f"C{number}" for number in range(num_categorical)]
     return Schema(
         features={**{name: Categorical() for name in categorical}, **{f"I{number}": Numeric() for number in range(NUM_NUMERIC)}},
         tables={name: Table(num_embeddings=num_embeddings, embedding_dim=EMBEDDING_DIM) for name in categorical},
@@ -24,7 +24,14 @@ def schema_of(num_embeddings: int) -> Schema:
     )
 
 
-def write_set(folder: Path, num_rows: int, num_embeddings: int, row_group_rows: int = 65_536, seed: int = 0) -> None:
+def write_set(
+    folder: Path,
+    num_rows: int,
+    num_embeddings: int,
+    row_group_rows: int = 65_536,
+    seed: int = 0,
+    num_categorical: int = NUM_CATEGORICAL,
+) -> None:
     """Writes one Parquet file.
 
     Ids are zipf-distributed over the table, spread by a permutation, so that the frequent rows are not neighbours. The label follows
@@ -32,13 +39,16 @@ def write_set(folder: Path, num_rows: int, num_embeddings: int, row_group_rows: 
     """
     generator = np.random.default_rng(seed)
     columns, effects = {}, []
-    for number in range(NUM_CATEGORICAL):
+    for number in range(num_categorical):
         ranks = np.minimum(generator.zipf(1.1, num_rows) - 1, 2**62) % num_embeddings
         columns[f"C{number}"] = generator.permutation(num_embeddings)[ranks]
         effects.append(generator.normal(size=num_embeddings)[ranks])
     columns |= {f"I{number}": generator.normal(size=num_rows).astype(np.float32) for number in range(NUM_NUMERIC)}
     columns["row"] = np.arange(num_rows)
-    alone, products = np.sum(effects[:8], axis=0), sum(effects[place] * effects[place + 1] for place in range(8, 16, 2))
+    alone, products = (
+        np.sum(effects[:8], axis=0),
+        sum(effects[place] * effects[place + 1] for place in range(8, min(num_categorical - 1, 16), 2)),
+    )
     logits = -1.4 + 0.25 * alone + 0.25 * products + 0.3 * columns["I0"] + 0.3 * columns["I1"] * columns["I2"]
     columns["click"] = (generator.random(num_rows) < 1 / (1 + np.exp(-logits))).astype(np.int8)
     pq.write_table(pa.table(columns), folder / "part-00000.parquet", row_group_size=row_group_rows)

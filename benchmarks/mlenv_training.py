@@ -1,6 +1,6 @@
 """mlenv's own training, from Parquet, as a contender of ``benchmarks.training_loop``.
 
-``python -m benchmarks.mlenv_training MODEL PRECISION FILE NUM_EMBEDDINGS`` trains as many steps as each line of its input says.
+``python -m benchmarks.mlenv_training MODEL PRECISION COMPILE FILE NUM_EMBEDDINGS`` trains as many steps as each line of its input says.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ MODELS = {
     "dcn_v2": RankerConfig(crossing=CrossNetConfig(num_layers=3), deep=MLPConfig(hidden=(500, 500, 500)), heads=MLPConfig(hidden=())),
 }
 Precision = Literal["32-true", "bf16-mixed"]
+Compile = Literal["none", "kernels"]
 
 
-def config_of(model: str, precision: Precision, file: Path, num_embeddings: int, output: Path) -> ExperimentConfig:
+def config_of(model: str, precision: Precision, compile: Compile, file: Path, num_embeddings: int, output: Path) -> ExperimentConfig:
     """The experiment that is measured; 65,536 rows are shuffled together, as in a file with row groups of that size."""
     return ExperimentConfig(
         name=model,
@@ -34,7 +35,7 @@ def config_of(model: str, precision: Precision, file: Path, num_embeddings: int,
         data=DataConfig(path=str(file.parent), train=WindowConfig(path=file.name), shuffle_rows=65_536, num_epochs=1000),
         model=MODELS[model],
         embeddings=EmbeddingsConfig(engine="torchrec"),
-        loop=LoopConfig(log_every_steps=20, precision=precision),
+        loop=LoopConfig(log_every_steps=20, precision=precision, compile=compile),
         tracking=TrackingConfig(enabled=False),
     )
 
@@ -64,10 +65,10 @@ class SameRunAgain:
         self._last = progress
 
 
-def main(model: str, precision: Precision, file: Path, num_embeddings: int) -> None:
+def main(model: str, precision: Precision, compile: Compile, file: Path, num_embeddings: int) -> None:
     with (
         tempfile.TemporaryDirectory() as folder,
-        Experiment(config_of(model, precision, file, num_embeddings, Path(folder) / "run")) as made,
+        Experiment(config_of(model, precision, compile, file, num_embeddings, Path(folder) / "run")) as made,
     ):
         run = SameRunAgain(made.run)
         _ = made.step
@@ -80,4 +81,4 @@ def main(model: str, precision: Precision, file: Path, num_embeddings: int) -> N
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4]))  # type: ignore[arg-type]
+    main(sys.argv[1], sys.argv[2], sys.argv[3], Path(sys.argv[4]), int(sys.argv[5]))  # type: ignore[arg-type]

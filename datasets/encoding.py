@@ -40,6 +40,22 @@ def encode(rows: pa.RecordBatch, schema: Schema, *, extras: Collection[Extra] = 
     return EncodedRows(schema, sparse, dense, labels, weights, metadata, requests, teacher)
 
 
+def encode_missing(schema: Schema) -> tuple[dict[str, int], Floats]:
+    """What a row of nulls becomes: row of the table by sparse key, for those keys whose null is an id and no empty bag; and the
+    dense columns, ``(num_dense,)``."""
+    ids, dense = {}, np.zeros(schema.num_dense, np.float32)
+    for key in schema.sparse_keys:
+        if key.default is not None:
+            nothing = pa.nulls(1, pa.int64() if key.storage == "int64" else pa.string())
+            ids[key.name] = int(_encode_single(nothing, key, schema.tables[key.table]).values[0])
+    for column in schema.dense_columns:
+        feature = schema.features[column.name]
+        if not isinstance(feature, DenseVector):
+            nothing = pa.record_batch({column.column: pa.nulls(1, pa.bool_() if isinstance(feature, Binary) else pa.float64())})
+            dense[column.start] = _encode_dense(nothing, column, feature)[0]
+    return ids, dense
+
+
 def encode_features(rows: pa.RecordBatch, schema: Schema) -> tuple[tuple[Jagged, ...], tuple[Floats, ...]]:
     """The features alone, which is all that a server has: ``EncodedRows.sparse`` and ``EncodedRows.dense``.
 

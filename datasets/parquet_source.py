@@ -23,6 +23,7 @@ from mlenv.batch import START, Batch, Extra, Position
 from mlenv.composition import to_plain
 from mlenv.config import TRANSFORMS, DataConfig, TableTransform, WindowConfig, is_day
 from mlenv.datasets.columns import check_columns, extra_columns
+from mlenv.datasets.division import Division, Piece
 from mlenv.datasets.encoded_rows import EncodedRows, Integers, join, tell_apart, to_batch
 from mlenv.datasets.encoding import RowError, encode
 from mlenv.errors import ConfigError, DataError, MlenvError, PlacedError, Problems, TableError, placed_under
@@ -87,6 +88,8 @@ class ParquetSource:
         self._window_rows = config.shuffle_rows if shuffle else 0
         self._shuffle, self._seed, self._workers = shuffle and config.shuffle_rows > 0, seed, config.workers.build()
         self._extras, self._rank, self._world_size = extras, rank, world_size
+        self.division = Division()
+        """How a training that goes on with another number of ranks has divided its rows; set before rows are asked for."""
         if "requests" in extras and not schema.request:
             raise ConfigError("schema.request", expected="the column that groups rows shown together", received=schema.request)
         self._config, self._window = config, window
@@ -115,12 +118,13 @@ class ParquetSource:
 
     @property
     def num_own_rows(self) -> int:
-        """Rows that this rank gets from the start, over all epochs."""
-        return sum(self._num_kept[group] for epoch in range(self.num_epochs) for window in self._windows(epoch) for group in window)
+        """Rows that this rank gets from the start of the division, over all epochs."""
+        pieces = (piece for epoch in range(self.division.start.epoch, self.num_epochs) for piece in self._pieces(epoch))
+        return sum(piece.last - piece.first for piece in pieces)
 
     @property
     def num_batches(self) -> int:
-        """Batches that this rank gets from the start, over all epochs."""
+        """Batches that this rank gets from the start of the division, over all epochs."""
         return -(-self.num_own_rows // self.batch_size)
 
     @property
@@ -266,25 +270,45 @@ class ParquetSource:
         """Joins whose columns somebody reads, with their places."""
         return [(place, one) for place, one in self._plan.steps if isinstance(one, TableTransform)]
 
+    def rows_of_windows(self, epoch: int, rank: int, world_size: int) -> list[int]:
+        """Rows of each window that a rank would have in an epoch."""
+        return [sum(self._num_kept[group] for group in window) for window in self._windows(epoch, rank, world_size)]
+
     def _encoded_windows(self, start: Position) -> Iterator[tuple[int, int, EncodedRows]]:
         """Windows in order, read ahead by the workers."""
         plan = (
-            (epoch, window, groups)
+            (epoch, window, piece, groups)
             for epoch in range(start.epoch, self.num_epochs)
-            for window, groups in enumerate(self._windows(epoch))
+            for window, (piece, groups) in enumerate(self._planned(epoch))
             if (epoch, window) >= (start.epoch, start.window)
         )
         _ = self._found  # surveyed before the workers ask for it
         return self._workers.map(self._encode_window, plan)
 
-    def _windows(self, epoch: int) -> list[list[RowGroup]]:
-        """Row groups of this rank, gathered to windows of at least ``shuffle_rows`` rows."""
+    def _pieces(self, epoch: int) -> list[Piece]:
+        """What this rank gets of an epoch."""
+        if epoch == self.division.epoch:
+            return list(self.division.pieces[self._rank])
+        rows = self.rows_of_windows(epoch, self._rank, self._world_size)
+        return [Piece(epoch, window, self._rank, self._world_size, 0, last) for window, last in enumerate(rows)]
+
+    def _planned(self, epoch: int) -> Iterator[tuple[Piece, list[RowGroup]]]:
+        """What this rank gets of an epoch, with the row groups of it."""
+        windows: dict[tuple[int, int, int], list[list[RowGroup]]] = {}
+        for piece in self._pieces(epoch):
+            key = piece.epoch, piece.rank, piece.world_size
+            if key not in windows:
+                windows[key] = self._windows(*key)
+            yield piece, windows[key][piece.window]
+
+    def _windows(self, epoch: int, rank: int, world_size: int) -> list[list[RowGroup]]:
+        """Row groups of a rank, gathered to windows of at least ``shuffle_rows`` rows."""
         order = (
             np.random.default_rng([self._seed, epoch]).permutation(len(self._row_groups)) if self._shuffle else range(len(self._row_groups))
         )
         windows: list[list[RowGroup]] = []
         room = 0
-        for place in list(order)[self._rank :: self._world_size]:
+        for place in list(order)[rank::world_size]:
             if room <= 0:
                 windows.append([])
                 room = max(self._window_rows, 1)
@@ -292,14 +316,14 @@ class ParquetSource:
             room -= self._row_groups[place].num_rows
         return windows
 
-    def _encode_window(self, numbered: tuple[int, int, list[RowGroup]]) -> tuple[int, int, EncodedRows]:
+    def _encode_window(self, numbered: tuple[int, int, Piece, list[RowGroup]]) -> tuple[int, int, EncodedRows]:
         """The same rows in the same order whenever and wherever it is called."""
-        epoch, window, groups = numbered
+        epoch, window, piece, groups = numbered
         rows = join([self._encode_group(group) for group in groups])
         if self._shuffle:
-            generator = np.random.default_rng([self._seed, epoch, window, self._rank])
+            generator = np.random.default_rng([self._seed, piece.epoch, piece.window, piece.rank])
             rows = rows.take(generator.permutation(len(rows)) if rows.requests is None else _shuffled_requests(rows.requests, generator))
-        return epoch, window, rows
+        return epoch, window, rows if piece.last - piece.first == len(rows) else rows.rows(piece.first, piece.last)
 
     def _encode_group(self, group: RowGroup) -> EncodedRows:
         rows, kept = self._rows(group, self._plan)

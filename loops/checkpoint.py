@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,11 +26,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from mlenv.errors import CheckpointError
-from mlenv.loops.ranks import any_rank, is_main, rank, wait_for_all, world_size
+from mlenv.loops.ranks import any_rank, is_main, objects_of_all, rank
 from mlenv.loops.safetensors_writer import write_shards
 
 logger = logging.getLogger(__name__)
@@ -71,12 +70,14 @@ def save_checkpoint(
         group: in which the ranks talk about it, where it is not written in the main thread.
     """
 
-    def fill(temporary: Path) -> None:
+    def write(temporary: Path) -> None:
         _write_tensors(temporary, tensors, group)
+
+    def complete(temporary: Path) -> None:
         if is_main():
             _complete(temporary, documents)
 
-    return _place(folder, checkpoint_name(step), fill, retention, group)
+    return _place(folder, checkpoint_name(step), (write, complete), retention, group)
 
 
 def link_checkpoint(checkpoint: Path, folder: Path, retention: Retention = Retention(), group: ProcessGroup | None = None) -> Path:
@@ -92,11 +93,12 @@ def link_checkpoint(checkpoint: Path, folder: Path, retention: Retention = Reten
                     _sync(temporary / file.name)
             _sync(temporary)
 
-    return _place(folder, checkpoint.name, fill, retention, group)
+    return _place(folder, checkpoint.name, (fill,), retention, group)
 
 
-def _place(folder: Path, name: str, fill: Callable[[Path], None], retention: Retention, group: ProcessGroup | None) -> Path:
-    """Has a folder filled under another name, and gives it its own when all ranks are done and nothing has failed."""
+def _place(folder: Path, name: str, steps: Sequence[Callable[[Path], None]], retention: Retention, group: ProcessGroup | None) -> Path:
+    """Has a folder filled under another name, and gives it its own when nothing has failed. No rank begins a step before all have done
+    the one before: what rank 0 says of the files must be true of those of all."""
     final, temporary = folder / name, folder / f".{name}.part"
 
     def begin() -> None:
@@ -104,19 +106,22 @@ def _place(folder: Path, name: str, fill: Callable[[Path], None], retention: Ret
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
 
+    def finish() -> None:
+        if is_main():
+            shutil.rmtree(final, ignore_errors=True)
+            temporary.rename(final)
+            _sync(folder)
+            for old in retention.outdated(path.name for path in list_checkpoints(folder)):
+                shutil.rmtree(folder / old)
+
     try:
-        for part in (begin, partial(fill, temporary)):
-            together(part, group)
+        together(begin, group)
+        for step in steps:
+            together(partial(step, temporary), group)
+        together(finish, group)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)  # on a full disk it would be in the way of the next try
         raise
-    if is_main():
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
-        _sync(folder)
-        for old in retention.outdated(path.name for path in list_checkpoints(folder)):
-            shutil.rmtree(folder / old)
-    wait_for_all(group)
     return final
 
 
@@ -135,10 +140,7 @@ def _write_tensors(folder: Path, tensors: Mapping[str, Any], group: ProcessGroup
     """Each rank its own shards, and of what all have alike a part: all ranks know all plans, and come to the same division."""
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     planner.set_up_planner(dict(tensors), is_coordinator=is_main())
-    plans: list[SavePlan] = [planner.create_local_plan()] * world_size()
-    if world_size() > 1:
-        torch.distributed.all_gather_object(plans, plans[0], group)
-    divided, _ = planner.create_global_plan(plans)
+    divided, _ = planner.create_global_plan(objects_of_all(planner.create_local_plan(), group))
     write_shards(folder, rank() + 1, planner.finish_plan(divided[rank()]), planner)
 
 
@@ -176,8 +178,11 @@ def stored_shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.size) for name, tensor in stored.items() if isinstance(tensor, TensorStorageMetadata)}
 
 
-def load_tensors(checkpoint: Path, tensors: Mapping[str, Any]) -> None:
+def load_tensors(checkpoint: Path, tensors: Mapping[str, Any], *, alone: bool = False) -> None:
     """Reads a verified checkpoint into tensors that exist already.
+
+    Args:
+        alone: this rank reads for itself; otherwise all ranks call this.
 
     Raises:
         CheckpointError: the checkpoint lacks a tensor, or holds it in another shape.
@@ -195,7 +200,7 @@ def load_tensors(checkpoint: Path, tensors: Mapping[str, Any]) -> None:
                     raise CheckpointError(
                         f"{checkpoint}, tensor {name!r}", expected=expected, received=received, fix="use the config it was saved with"
                     )
-            load(dict(tensors), storage_reader=reader, no_dist=not torch.distributed.is_initialized())
+            load(dict(tensors), storage_reader=reader, no_dist=alone or not torch.distributed.is_initialized())
     except CheckpointException as error:
         raise CheckpointError(str(checkpoint), expected="tensors that load", received=" ".join(str(error).split())[:300]) from error
 

@@ -86,6 +86,8 @@ class CheckpointStore:
                 if self._manifests[place] == manifest:
                     continue
                 self._tried("remove", self._files.rm_file, f"{place}/{MANIFEST}")
+            if self._tried("list", self._files.exists, place):  # a copy that was cut, perhaps of other files
+                self._tried("remove", self._files.rm, place, recursive=True)
             for file in sorted(checkpoint.iterdir(), key=lambda file: file.name == MANIFEST):
                 self._tried("write", self._files.put_file, str(file), f"{place}/{file.name}")
             self._manifests[place] = manifest

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from mlenv.batch import Batch
 from mlenv.config import LoopConfig
 from mlenv.errors import TrainingError
 from mlenv.loops.fit import Progress
-from mlenv.loops.ranks import any_rank
+from mlenv.loops.ranks import all_ranks, any_rank
 from mlenv.loops.train_step import StepOutput, TrainStep
 from mlenv.loops.training_state import changing_buffers, put_back, random_tensors, set_random_tensors
 from mlenv.modules.objective import Losses, Objective
@@ -34,6 +35,7 @@ class GuardedStep:
     Args:
         step: makes the losses by calling ``objective`` and then runs them backward.
         keep: writes a bad step down, of a model that is as it was before the step, and says where it went wrong and where it is kept.
+        filler: rows that weigh nothing.
     """
 
     def __init__(
@@ -44,9 +46,10 @@ class GuardedStep:
         optimizers: list[torch.optim.Optimizer],
         config: LoopConfig,
         keep: Callable[[Progress, Batch], str],
+        filler: Batch,
     ) -> None:
         self._step, self._objective, self._optimizers, self._config, self._keep = step, objective, optimizers, config, keep
-        self._is_guarding = False
+        self._filler, self._is_guarding = filler, False
         self._buffers = changing_buffers(model, objective)
         objective.register_forward_hook(self._look_at)
 
@@ -69,7 +72,8 @@ class GuardedStep:
         put_back(self._buffers, buffers)
         for optimizer in self._optimizers:
             optimizer.zero_grad()
-        kept = self._keep(progress, taken[-1])
+        batch = taken[-1] if taken else replace(self._filler, position=progress.position)  # this rank's rows may be used up
+        kept = self._keep(progress, batch)
         found = f"step {progress.step + 1}: {reason}; {kept}"
         if self._config.on_bad_loss == "stop":
             fix = "lower the learning rates, set optimizer.gradient_clip_norm, mend the rows, or pass over them: loop.on_bad_loss=skip"
@@ -79,7 +83,10 @@ class GuardedStep:
             raise TrainingError(f"{found}. {progress.skipped_steps} steps were skipped before, as many as may be. Fix: {fix}.")
         logger.warning("%s. The step is skipped.", found)
         nothing = torch.zeros(len(self._objective.terms), device=self._objective.task_weights.device)
-        return StepOutput(sum(map(len, taken)), taken[-1].position, nothing, nothing, is_skipped=True)
+        before = [progress.position, *(one.position for one in taken)]
+        own = sum(len(one) for one, place in zip(taken, before, strict=False) if one.position != place)  # a filler leads no further
+        num_examples = sum(number for (number,) in all_ranks((own,)))
+        return StepOutput(num_examples, batch.position, nothing, nothing, is_skipped=True)
 
     def _look_at(self, objective: nn.Module, inputs: Any, losses: Losses) -> None:
         if not self._is_guarding:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from mlenv.loops.dense_optimizers import check_dense, decay_groups, parameters_of
+from mlenv.loops.ranks import local
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,12 +55,13 @@ class Lion(torch.optim.Optimizer):
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             if not parameters:
                 continue
-            gradients = [parameter.grad for parameter in parameters]
-            momenta = [self.state[parameter]["exp_avg"] for parameter in parameters]
+            gradients = [local(parameter.grad) for parameter in parameters]
+            momenta = [local(self.state[parameter]["exp_avg"]) for parameter in parameters]
+            weights = [local(parameter) for parameter in parameters]
             beta1, beta2 = group["betas"]
             # As torch's own optimizers do: one call for all parameters, which on a GPU is one kernel.
             directions = torch._foreach_lerp(gradients, momenta, beta1)
             torch._foreach_sign_(directions)
-            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(parameters, directions, alpha=-group["lr"])
+            torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(weights, directions, alpha=-group["lr"])
             torch._foreach_lerp_(momenta, gradients, 1 - beta2)

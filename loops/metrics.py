@@ -290,7 +290,7 @@ class BinaryMetrics:
                 report = report_of_slice[counted["slice"][:, segment]] if segment is not None else np.zeros(len(counted), np.int64)
                 order = np.argsort(report, kind="stable")
                 report, sorted_rows = report[order], counted[order]
-                first, auc, size = _auc_within_groups(
+                first, auc, size = auc_within_groups(
                     report, sorted_rows["group"], sorted_rows["prediction"][:, task], sorted_rows["label"][:, task]
                 )
                 totals[:, :, task] += [np.bincount(report[first], values, num_reports) for values in (auc * size, size)]
@@ -350,8 +350,8 @@ def _calibration_bins(sums: Floats) -> tuple[Floats, Floats, Floats]:
     return weight, np.add.reduceat(sums[:, _PREDICTIONS], starts) / weight, np.add.reduceat(sums[:, _POSITIVES], starts) / weight
 
 
-def _auc_within_groups(
-    report: Ints, group: NDArray[np.uint64], prediction: NDArray[np.float32], label: NDArray[np.int8]
+def auc_within_groups(
+    report: Ints, group: NDArray[Any], prediction: NDArray[Any], label: NDArray[np.int8]
 ) -> tuple[NDArray[np.intp], Floats, Floats]:
     """First row, AUC and examples of each group that has both classes. Rows come sorted by report, group, prediction."""
     starts_group = _changes(report) | _changes(group)

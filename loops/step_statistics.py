@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mlenv.batch import Batch
+from mlenv.loops.ranks import is_divided
 from mlenv.loops.training_state import changing_buffers, put_back
 from mlenv.modules.objective import Objective
 
@@ -123,7 +124,7 @@ def step_statistics(
     try:
         model.train()
         with torch.random.fork_rng():
-            with torch.set_grad_enabled(not has_fused_tables), autocast():
+            with torch.set_grad_enabled(not has_fused_tables), autocast(), torch.compiler.set_stance("force_eager"):
                 logits = model(batch)
             losses = objective(logits, batch)
             if not has_fused_tables:
@@ -173,14 +174,16 @@ def _spread(tensors: list[Tensor]) -> Spread:
 
 
 def _parameter(parameter: Tensor) -> ParameterStatistics:
-    values = parameter.detach()
+    values = _values(parameter.detach())
     gradient = None if parameter.grad is None else float(torch.linalg.vector_norm(_values(parameter.grad)))
     non_finite = 1 - float(torch.isfinite(values).sum()) / max(values.numel(), 1)
     return ParameterStatistics(float(torch.linalg.vector_norm(values)), non_finite, gradient)
 
 
 def _values(tensor: Tensor) -> Tensor:
-    """The numbers of a tensor; of a sparse one those that are there."""
+    """The numbers of a tensor; of a sparse one those that are there, of a divided one those of all ranks."""
+    if is_divided(tensor):
+        return tensor.full_tensor()  # type: ignore[attr-defined,no-any-return]
     return tensor.coalesce().values() if tensor.is_sparse else tensor
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Protocol
@@ -11,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from mlenv.batch import Batch, Position
-from mlenv.errors import ConfigError
 from mlenv.loops.learning_rate import LearningRates
-from mlenv.loops.ranks import Shares, average_gradients, summed, world_size
+from mlenv.loops.ranks import Shares, average_gradients, clip_gradients, summed, world_size
 from mlenv.loops.weight_average import WeightAverage
+from mlenv.modules.logits import check_logits
 from mlenv.modules.objective import Losses, Objective
 
 if TYPE_CHECKING:
@@ -55,8 +56,8 @@ class EagerStep:
         objective: what the logits are measured by; its own parameters are among those of the optimizers.
         clip: parameters whose joint gradient norm is limited, and the limit; no limit at 0.
         rates: sets the learning rates of all optimizers; None keeps them.
-        shares: rows of each rank. One that has no more goes on with empty batches until all have trained on theirs.
-        filler: an empty batch.
+        shares: rows of each rank. One that has no more goes on with fillers until all have trained on theirs.
+        filler: rows that weigh nothing.
         average: follows the weights; None where there is none.
         num_batches: batches whose gradients are added up before the update, each weighed by its share of the weights, so that
             losses that are weighted means over rows have the gradient of one large batch. The last step takes what is left.
@@ -83,19 +84,21 @@ class EagerStep:
     def advance(self, batches: Iterator[Batch], progress: Progress) -> StepOutput | None:
         """Trains on the next batch, or the next few; None when no rank has one."""
         group = list(islice(batches, self._num_batches))
-        if not group:
-            if progress.step >= self._shares.num_steps:
-                return None
-            group = [replace(self._filler, position=progress.position)]
+        num_examples = sum(map(len, group)) if world_size() == 1 else self._shares.examples(progress.step)
+        if not group and progress.step >= self._shares.num_steps:
+            return None
+        # Of several ranks each runs as many passes, because they wait for each other in them.
+        missing = max((1 if world_size() == 1 else self._num_batches) - len(group), 0)
+        group += [replace(self._filler, position=group[-1].position if group else progress.position)] * missing
         if not self._model.training:  # setting it walks through all modules, which a small model would feel at every step
             self._model.train()
         if self._rates is not None:
             self._rates.follow(progress)
-        output = self._gradients(group, progress)
+        output = self._gradients(group, num_examples)
         average_gradients(self._objective.parameters())
         parameters, norm = self._clip
         if norm:
-            nn.utils.clip_grad_norm_(parameters, norm)
+            clip_gradients(parameters, norm)
         for optimizer in self._optimizers:
             optimizer.step()
             optimizer.zero_grad()
@@ -103,22 +106,25 @@ class EagerStep:
             self._average.follow(progress.step)
         return output
 
-    def _gradients(self, group: list[Batch], progress: Progress) -> StepOutput:
+    def _gradients(self, group: list[Batch], num_examples: int) -> StepOutput:
         """Leaves the gradients of all batches in the parameters."""
-        num_examples = sum(map(len, group)) if world_size() == 1 else self._shares.examples(progress.step)
         if len(group) == 1:
             losses = self._losses(group[0])
             self._objective.backward(over_all_ranks(losses, group[0]), self._fabric.backward)
             return StepOutput(num_examples, group[0].position, losses.terms, losses.weights)
+        from mlenv.loops.strategy import without_synchronization  # it loads Lightning, which a dry run can do without
+
         weights = torch.stack([batch.weights.sum(0) for batch in group])  # on the host, where the batches come from
         total = weights.sum(0)
-        shares = weights / total.masked_fill(total == 0, 1)
-        terms = torch.zeros_like(total, device=self._fabric.device)
-        for batch, share in zip(group, shares.to(self._fabric.device), strict=True):
-            losses = self._losses(batch)
-            self._objective.backward(replace(losses, tasks=losses.tasks * share), self._fabric.backward)
+        shares = (weights / total.masked_fill(total == 0, 1)).to(self._fabric.device)
+        total = total.to(self._fabric.device)
+        terms, of_all = torch.zeros_like(total), share_of_rank(total)
+        for place, (batch, share) in enumerate(zip(group, shares, strict=True), start=1):
+            with nullcontext() if place == len(group) else without_synchronization(self._model):
+                losses = self._losses(batch)
+                self._objective.backward(replace(losses, tasks=losses.tasks * share * of_all), self._fabric.backward)
             terms += losses.terms * share
-        return StepOutput(num_examples, group[-1].position, terms, total.to(self._fabric.device))
+        return StepOutput(num_examples, group[-1].position, terms, total)
 
     def _losses(self, batch: Batch) -> Losses:
         batch = batch.to(self._fabric.device, non_blocking=True)
@@ -133,13 +139,13 @@ def over_all_ranks(losses: Losses, batch: Batch) -> Losses:
     """Losses whose average over the ranks is the mean over the examples of all: those of a rank count by the weights of its labels."""
     if world_size() == 1:
         return losses
-    weights = batch.weights.sum(0).to(losses.tasks.device)
-    share = world_size() * weights / summed(weights)
-    return replace(losses, tasks=losses.tasks * torch.nan_to_num(share))
+    return replace(losses, tasks=losses.tasks * share_of_rank(batch.weights.sum(0).to(losses.tasks.device)))
 
 
-def check_logits(logits: Tensor, batch: Batch) -> None:
-    """Raises ConfigError unless a model gives one logit per example and task."""
-    if logits.shape != batch.labels.shape:
-        expected = f"logits of shape (batch, tasks) = {tuple(batch.labels.shape)}"
-        raise ConfigError("model", expected=expected, received=tuple(logits.shape), fix="return one column per task of schema.labels")
+def share_of_rank(weights: Tensor) -> Tensor | float:
+    """What the losses of this rank count for where gradients are averaged over the ranks; 1 on average.
+
+    Args:
+        weights: ``(tasks,)``, sum of those of its labels.
+    """
+    return 1.0 if world_size() == 1 else torch.nan_to_num(world_size() * weights / summed(weights))

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -21,6 +22,7 @@ from tqdm import tqdm
 
 from mlenv.batch import Position
 from mlenv.config import CONFIG_FILE, MONITORS
+from mlenv.datasets.division import Division
 from mlenv.errors import CheckpointError, StoppedError, TrainingError
 from mlenv.loops.checkpoint import (
     Retention,
@@ -36,7 +38,7 @@ from mlenv.loops.checkpoint_store import CheckpointStore, StoreError
 from mlenv.loops.checkpoint_writer import CheckpointWriter, Outcome
 from mlenv.loops.fit import Progress
 from mlenv.loops.journal import JOURNAL_FILE, Journal, SilentJournal
-from mlenv.loops.ranks import all_ranks, any_rank, from_main, is_main, rank, summed, world_size
+from mlenv.loops.ranks import all_ranks, any_rank, is_main, rank, summed, world_size
 from mlenv.loops.stop_signals import StopSignals
 from mlenv.loops.train_step import StepOutput
 from mlenv.loops.training_state import of_rank, random_tensors, set_random_tensors
@@ -69,6 +71,10 @@ class RunOptions:
     """Of the training data, and of the teacher's checkpoint: a training that goes on must go on with the same."""
     max_loss: float | None = None
     """A step with a larger loss is a bad one; None for no limit."""
+    division: Division = Division()
+    """How the training rows are divided over the ranks."""
+    seed: int = 0
+    """Of the random generators of ranks that there were not before."""
     hang_timeout_seconds: float = 0
     """Longest time between two steps; 0 waits for ever."""
 
@@ -82,6 +88,7 @@ class TrainingRun:
 
     Args:
         output: folder of the run.
+        find: gives the newest good checkpoint; None where there is none.
         state: gives all tensors of model and optimizers; they are saved as they are, and loaded in place.
         begin: prepares a model that starts from nothing, such as its normalization.
         check: refuses the config of a checkpoint that the training cannot continue from.
@@ -98,6 +105,7 @@ class TrainingRun:
         output: Path,
         options: RunOptions,
         *,
+        find: Callable[[], Path | None],
         state: Callable[[], dict[str, Any]],
         begin: Callable[[], None],
         check: Callable[[Path, str], None],
@@ -110,6 +118,7 @@ class TrainingRun:
     ) -> None:
         self.journal: Journal | SilentJournal = Journal(output / JOURNAL_FILE) if is_main() else SilentJournal()
         self._checkpoints, self._best, self._options = output / CHECKPOINT_FOLDER, output / BEST_FOLDER, options
+        self._find = find
         self._state, self._begin, self._check, self._started = state, begin, check, started
         self._validate, self._gauges, self._signals, self._store = validate, gauges, signals, store
         self._saved_step, self._is_disk_full, self._is_uncopied = 0, False, False
@@ -130,8 +139,7 @@ class TrainingRun:
         Raises:
             CheckpointError: the checkpoint belongs to another config or to other data, or all checkpoints are damaged.
         """
-        found = from_main(str((is_main() and self._newest()) or ""))  # only rank 0 reads all to verify it
-        checkpoint = Path(found) if found else None
+        checkpoint = self._find()
         if checkpoint is None:
             self._begin()
             progress = Progress()
@@ -260,8 +268,9 @@ class TrainingRun:
             self.wait()
             tensors = self._writer.copied({**self._state(), **random_tensors(), **self._own_sums()})
             record = dataclasses.asdict(progress) | {"position": all_ranks(dataclasses.astuple(progress.position))}
+            record |= {"division": dataclasses.asdict(self._options.division), "fingerprints": dict(self._options.fingerprints)}
             documents = {
-                PROGRESS: json.dumps(record | {"fingerprints": dict(self._options.fingerprints)}, indent=2),
+                PROGRESS: json.dumps(record, indent=2),
                 CONFIG: self._options.config,
             }
             write = partial(save_checkpoint, folder, progress.step, tensors, documents, retention)
@@ -269,9 +278,7 @@ class TrainingRun:
 
         def write_and_prune(group: ProcessGroup | None) -> None:
             write(group)
-            if is_main():
-                for name in outdated_best(*map(_names, (self._best, self._checkpoints))):
-                    shutil.rmtree(self._best / name)
+            together(self._prune_best, group)
             self._copy(group)
 
         self._writer.begin(write_and_prune, outcome)
@@ -311,6 +318,11 @@ class TrainingRun:
     def _own_sums(self) -> dict[str, Tensor]:
         return {of_rank(f"run.{name}"): sums.cpu() for name, sums in self._sums.items()}
 
+    def _prune_best(self) -> None:
+        if is_main():
+            for name in outdated_best(_names(self._best), _names(self._checkpoints)):
+                shutil.rmtree(self._best / name)
+
     def copy(self) -> None:
         """Has the same checkpoints at the URL as on the disk, documents that were added to one too.
 
@@ -324,8 +336,16 @@ class TrainingRun:
             raise TrainingError(f"the checkpoints cannot be copied ({error}). Fix: {fix}.") from error
 
     def _copy(self, group: ProcessGroup | None) -> None:
-        if self._store is not None:
-            together(partial(self._copy_to, self._store) if is_main() else lambda: None, group)
+        failure: StoreError | None = None
+        if self._store is None:
+            return
+        if is_main():
+            try:
+                self._copy_to(self._store)
+            except StoreError as error:
+                failure = error
+        if any_rank(failure is not None, group):
+            raise failure or StoreError(f"{self._store.url}: rank 0 could not write there")
 
     def _copy_to(self, store: CheckpointStore) -> None:
         for folder in (self._best, self._checkpoints):  # a checkpoint that is there has its best model there
@@ -334,30 +354,6 @@ class TrainingRun:
         outdated = self._options.retention.outdated(checkpoints)
         store.remove(CHECKPOINT_FOLDER, outdated)
         store.remove(BEST_FOLDER, outdated_best(store.names(BEST_FOLDER), sorted({*checkpoints} - {*outdated})))
-
-    def _newest(self) -> Path | None:
-        """The newest good checkpoint on the disk; from the URL, with its best model, where that has a newer one."""
-        store = self._store
-        if store is None:
-            return newest_checkpoint(self._checkpoints)
-        newest, damage = None, None
-        try:
-            newest = newest_checkpoint(self._checkpoints)
-        except CheckpointError as error:  # all that are here: another one may be whole there
-            damage = error
-        after = "" if newest is None else newest.name
-        newer = [name for name in store.names(CHECKPOINT_FOLDER) if name > after]
-        if newer:
-            self._check(self._checkpoints / newer[-1], store.read(CHECKPOINT_FOLDER, newer[-1], CONFIG))  # before anything is copied
-            try:
-                newest = store.fetch_newest(self._checkpoints, newer)
-            except CheckpointError as error:
-                damage = error
-        if newest is None and damage is not None:
-            raise damage
-        if newest is not None and newest.name > after:
-            store.fetch_newest(self._best, [name for name in store.names(BEST_FOLDER) if name <= newest.name][-1:])
-        return newest
 
     def _forget_best(self, after: str) -> None:
         """Removes the best models of steps that a killed training has lost."""
@@ -394,15 +390,29 @@ class TrainingRun:
             expected = f"the files it was trained with ({found.get(what)})"
             raise CheckpointError(f"{checkpoint}, {what}", expected=expected, received=now.get(what), fix=fix)
         positions = record.pop("position")
+        record.pop("division", None)  # whoever asked to find the checkpoint has read it
         if len(positions) != world_size():
-            fix = f"run it with {len(positions)} processes, or train in another output folder"
-            expected = f"{len(positions)} processes, among which the data were divided"
-            raise CheckpointError(f"{checkpoint}, position", expected=expected, received=world_size(), fix=fix)
+            self._load_from_others(checkpoint, len(positions), record["step"])
+            return Progress(**record, position=self._options.division.start)
         random, sums = random_tensors(), self._own_sums()
         load_tensors(checkpoint, {**self._state(), **random, **sums})
         set_random_tensors(random)
         self._sums = {name: sums[of_rank(f"run.{name}")] for name in self._sums}
         return Progress(**record, position=Position(*positions[rank()]))
+
+    def _load_from_others(self, checkpoint: Path, num_ranks: int, step: int) -> None:
+        """Goes on from a checkpoint of another number of ranks: the sums of all are added up, and the random generators begin anew."""
+        sums = {
+            of_rank(f"run.{name}", number): torch.zeros_like(own, device="cpu")
+            for number in range(num_ranks)
+            for name, own in self._sums.items()
+        }
+        load_tensors(checkpoint, {**self._state(), **sums})
+        for name, own in self._sums.items():
+            total = torch.stack([sums[of_rank(f"run.{name}", number)] for number in range(num_ranks)]).sum(0)
+            self._sums[name] = total if is_main() else torch.zeros_like(own)
+        torch.manual_seed(int(np.random.SeedSequence([self._options.seed, step, rank()]).generate_state(1, np.uint64)[0]) >> 1)
+        logger.info("the training had %d processes until step %d, and has %d now", num_ranks, step, world_size())
 
     def _record(self, progress: Progress) -> None:
         sums = {name: summed(sums) for name, sums in self._sums.items()}
@@ -439,6 +449,39 @@ def outdated_best(best: Sequence[str], starts: Sequence[str]) -> list[str]:
 
 def _names(folder: Path) -> list[str]:
     return [path.name for path in list_checkpoints(folder)]
+
+
+def newest_to_go_on_from(output: Path, store: CheckpointStore | None, check: Callable[[Path, str], None]) -> Path | None:
+    """The newest good checkpoint on the disk; from the store, with its best model, where that has a newer one.
+
+    Args:
+        output: folder of the run.
+        check: refuses the config of a checkpoint, before anything is copied.
+
+    Raises:
+        CheckpointError: there are checkpoints, and all are damaged.
+    """
+    checkpoints = output / CHECKPOINT_FOLDER
+    if store is None:
+        return newest_checkpoint(checkpoints)
+    newest, damage = None, None
+    try:
+        newest = newest_checkpoint(checkpoints)
+    except CheckpointError as error:  # all that are here: another one may be whole there
+        damage = error
+    after = "" if newest is None else newest.name
+    newer = [name for name in store.names(CHECKPOINT_FOLDER) if name > after]
+    if newer:
+        check(checkpoints / newer[-1], store.read(CHECKPOINT_FOLDER, newer[-1], CONFIG))
+        try:
+            newest = store.fetch_newest(checkpoints, newer)
+        except CheckpointError as error:
+            damage = error
+    if newest is None and damage is not None:
+        raise damage
+    if newest is not None and newest.name > after:
+        store.fetch_newest(output / BEST_FOLDER, [name for name in store.names(BEST_FOLDER) if name <= newest.name][-1:])
+    return newest
 
 
 def _unwritten(what: str, progress: Progress, error: OSError) -> TrainingError:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mlenv.loops.ranks import is_main, rank
+from mlenv.loops.ranks import rank
 
 _TORCHREC_TABLE = re.compile(r"collections\.\w+\.(?:embedding_bags|embeddings)\.")
 
@@ -53,9 +53,10 @@ def set_random_tensors(tensors: dict[str, Tensor]) -> None:
         torch.cuda.set_rng_state(tensors[of_rank("random.cuda")])
 
 
-def of_rank(name: str) -> str:
-    """The name of a tensor that every rank has of its own; rank 0 is not named."""
-    return name if is_main() else f"{name}.rank{rank()}"
+def of_rank(name: str, number: int | None = None) -> str:
+    """The name of a tensor that every rank has of its own, for this rank or another; rank 0 is not named."""
+    number = rank() if number is None else number
+    return f"{name}.rank{number}" if number else name
 
 
 def changing_buffers(*modules: nn.Module) -> list[Tensor]:

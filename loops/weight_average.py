@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from mlenv.loops.ranks import local
+
 TRAINED = "trained."
 """Stands in a checkpoint before the names of the weights that a training goes on with. The average has the plain names, so that
 whoever loads the model gets it, and need not know that there is one."""
@@ -32,11 +34,11 @@ class WeightAverage:
     def follow(self, step: int) -> None:
         """Takes in the weights that a step has left; ``step`` counts those before it, so nothing else has to be kept."""
         decay = min(self._decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self._averages, self._parameters, 1 - decay)
+        torch._foreach_lerp_([local(average) for average in self._averages], [local(weight) for weight in self._parameters], 1 - decay)
 
     def restart(self) -> None:
         """The average is the weights as they are."""
-        torch._foreach_copy_(self._averages, self._parameters)
+        torch._foreach_copy_([local(average) for average in self._averages], [local(weight) for weight in self._parameters])
 
     def tensors(self) -> dict[str, Tensor]:
         """What belongs in a checkpoint, beside or in place of the model's own tensors."""
@@ -46,9 +48,10 @@ class WeightAverage:
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """The model has the average inside of this, and its own weights again afterwards, to the bit."""
-        weights = [parameter.clone() for parameter in self._parameters]
-        torch._foreach_copy_(self._parameters, self._averages)
+        weights = [local(parameter).clone() for parameter in self._parameters]
+        parts = [local(parameter) for parameter in self._parameters]
+        torch._foreach_copy_(parts, [local(average) for average in self._averages])
         try:
             yield
         finally:
-            torch._foreach_copy_(self._parameters, weights)
+            torch._foreach_copy_(parts, weights)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import torch
 from torch import Tensor
@@ -28,6 +29,9 @@ class Position:
 
 
 START = Position()
+
+_ALIGNMENT: Final = 64
+"""Bytes; a cache line, and more than any type needs."""
 
 Extra = Literal["metadata", "requests", "teacher"]
 """Parts of a batch that a source reads only when asked; each is the field of ``Batch`` of that name."""
@@ -76,12 +80,6 @@ class SparseFeatures:
 
         weights = None if self.weights is None else cut(self.weights)
         return SparseFeatures(self.keys, cut(self.values), kept.reshape(-1), counts, weights)
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> SparseFeatures:
-        """The same ids on another device."""
-        moved = {name: getattr(self, name).to(device, non_blocking=non_blocking) for name in ("values", "lengths")}
-        weights = None if self.weights is None else self.weights.to(device, non_blocking=non_blocking)
-        return replace(self, **moved, weights=weights)
 
     def to_keyed_jagged_tensor(self) -> KeyedJaggedTensor:
         """The same memory as TorchRec takes it; nothing is copied.
@@ -135,11 +133,47 @@ class Batch:
         return replace(self, sparse=self.sparse.rows(start, stop), metadata=metadata, **cut)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        """The same examples on another device; metadata stays on the host."""
-        names = ("sparse", "dense", "labels", "weights", "requests", "teacher")
-        present = {name: part for name in names if (part := getattr(self, name)) is not None}
-        moved = {name: part.to(device, non_blocking=non_blocking) for name, part in present.items()}
-        return replace(self, **moved)
+        """The same examples on another device, sent in one piece; metadata stays on the host. Itself where it is there already."""
+        device, tensors = torch.device(device), self._tensors()
+        if self.labels.device.type == device.type:
+            return self  # a process has one device of a kind
+        buffer = packed(list(tensors.values()), pin=device.type == "cuda").to(device, non_blocking=non_blocking)
+        moved: dict[str, Any] = dict(zip(tensors, unpacked(buffer, list(tensors.values())), strict=True))
+        sparse = replace(self.sparse, **{name.removeprefix("sparse."): moved.pop(name) for name in list(moved) if "." in name})
+        return replace(self, sparse=sparse, **moved)
+
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Keeps the memory of the batch until a stream of the GPU, other than the one that it was sent in, is done with it."""
+        for tensor in self._tensors().values():
+            tensor.record_stream(stream)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        sparse = {f"sparse.{name}": getattr(self.sparse, name) for name in ("values", "lengths", "weights")}
+        own = {name: getattr(self, name) for name in ("dense", "labels", "weights", "requests", "teacher")}
+        return {name: tensor for name, tensor in {**sparse, **own}.items() if tensor is not None}
+
+
+def packed(tensors: Sequence[Tensor], pin: bool = False) -> Tensor:
+    """The bytes of tensors of the host, each where any type may begin; in memory that a GPU reads by itself if ``pin``."""
+    ends = _ends(tensors)
+    buffer = torch.empty(ends[-1] if ends else 0, dtype=torch.uint8, pin_memory=pin)
+    for tensor, view in zip(tensors, unpacked(buffer, tensors), strict=True):
+        view.copy_(tensor)
+    return buffer
+
+
+def unpacked(buffer: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Views of a buffer that is packed like these tensors: the same types and shapes, one behind another."""
+    starts = [0, *_ends(tensors)][:-1]
+    return [
+        buffer[start : start + tensor.numel() * tensor.itemsize].view(tensor.dtype).view(tensor.shape)
+        for start, tensor in zip(starts, tensors, strict=True)
+    ]
+
+
+def _ends(tensors: Sequence[Tensor]) -> list[int]:
+    sizes = (tensor.numel() * tensor.itemsize for tensor in tensors)
+    return list(accumulate(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes))
 
 
 def example_batch(schema: Schema, num_rows: int = 2) -> Batch:

@@ -23,6 +23,7 @@ from mlenv.errors import (
     StoppedError,
     TrainingError,
 )
+from mlenv.registry_commands import add_registry_commands
 
 if TYPE_CHECKING:
     from mlenv.config import ExperimentConfig, WindowConfig
@@ -147,6 +148,7 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_jobs(verbs, verb)
     _add_features(verbs, verb)
+    add_registry_commands(verbs, verb)
     _add_serving(verbs, verb)
     made = verb(verbs, "ui", _ui, "Open MLflow on the runs tracked here.")
     made.add_argument("--uri", default="", help="where the runs are, as in tracking.uri; otherwise where training puts them by default")
@@ -468,9 +470,9 @@ def _with_catalogue(run: Callable[[CatalogueReader, argparse.Namespace], int], o
     """Finds the runs of a command; a dry run says where they are and goes no further."""
     from mlenv.feature_catalogue import CatalogueReader
     from mlenv.mlflow_outbox import without_password
-    from mlenv.tracking import DEFAULT_URI
+    from mlenv.mlflow_store import store_uri
 
-    uri = options.uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
+    uri = store_uri(options.uri)
     if options.dry_run:
         if getattr(options, "config", None):
             from mlenv.composition import compose
@@ -566,9 +568,9 @@ def _serve(options: argparse.Namespace) -> int:
 
 
 def _ui(options: argparse.Namespace) -> int:
-    from mlenv.tracking import DEFAULT_URI
+    from mlenv.mlflow_store import store_uri
 
-    uri = options.uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
+    uri = store_uri(options.uri)
     command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri, "--port", str(options.port)]
     if uri.startswith(("http://", "https://")):
         print(f"the runs are at {uri}")

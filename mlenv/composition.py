@@ -129,7 +129,9 @@ def parse_overrides(overrides: Sequence[str]) -> Node:
             raise ConfigError(override, expected="key=value", received=override)
     keys = [override.partition("=")[0] for override in overrides]
     words = [
-        f"{key}.kind={value}" if _KIND.fullmatch(value) and any(other.startswith(f"{key}.") for other in keys) else f"{key}={value}"
+        f"{key}.kind={value}"
+        if _KIND.fullmatch(value) and value != "null" and any(other.startswith(f"{key}.") for other in keys)
+        else f"{key}={value}"
         for key, _, value in (override.partition("=") for override in overrides)
     ]
     try:

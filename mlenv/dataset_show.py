@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from mlenv.dataset_record import DATASET_FILE, DatasetRecord, read_dataset_record
-from mlenv.errors import DataError, MlenvError
-from mlenv.mlflow_outbox import absolute_uri, without_password
-from mlenv.tracking import DEFAULT_URI, prepare_environment
+from mlenv.errors import DataError
+from mlenv.mlflow_store import asking, open_store, store_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -42,29 +40,16 @@ def find_record(name: str, uri: str = "") -> DatasetRecord:
     run, model = _RUN.fullmatch(name), _MODEL.fullmatch(name)
     if run is None and model is None:
         raise DataError(name, expected=NAMES, received="nothing there", fix="mlenv ui shows the runs")
-    return _download(name, absolute_uri(uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI))
+    return _download(name, store_uri(uri))
 
 
 def _download(name: str, uri: str) -> DatasetRecord:
-    place = without_password(uri)
-    if uri.startswith("sqlite:") and not Path(uri.removeprefix("sqlite:///")).is_file():  # MLflow would make an empty one
-        raise DataError(name, expected=f"MLflow's database at {place}", received="no such file", fix="set --uri or MLFLOW_TRACKING_URI")
-    prepare_environment()
-    from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
-
-    try:
-        client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+    client = open_store(uri)
+    with asking(uri, name), tempfile.TemporaryDirectory() as folder:
         run_id = _run_id(client, name)
         if DATASET_FILE not in {file.path for file in client.list_artifacts(run_id)}:
             raise DataError(f"{name}, run {run_id}", expected=DATASET_FILE, received="no such file", fix=_OLDER)
-        with tempfile.TemporaryDirectory() as folder:
-            return read_dataset_record(Path(client.download_artifacts(run_id, DATASET_FILE, folder)))
-    except MlflowException as error:
-        brief = without_password(str(error).partition("\n")[0])[:300]
-        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            raise DataError(name, expected=f"a run or a model of MLflow at {place}", received=brief, fix="mlenv ui shows them") from error
-        raise MlenvError(f"MLflow at {place}: {brief}. Fix: start the server, or set --uri.") from error
+        return read_dataset_record(Path(client.download_artifacts(run_id, DATASET_FILE, folder)))
 
 
 def _run_id(client: MlflowClient, name: str) -> str:

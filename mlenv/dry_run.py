@@ -11,9 +11,10 @@ from mlenv.backfill_checks import check_pairs
 from mlenv.batch import Extra, example_batch
 from mlenv.config import EmbeddingsConfig, ExperimentConfig
 from mlenv.datasets.parquet_source import NoFilesError, ParquetSource
-from mlenv.loops.train_step import check_logits
+from mlenv.loops.compilation import owner_of_dense_part
 from mlenv.modules import Objective, TorchEmbeddings
 from mlenv.modules.distillation import Teach
+from mlenv.modules.logits import check_logits
 from mlenv.schema import Table
 
 
@@ -48,6 +49,8 @@ def check_parts(config: ExperimentConfig) -> None:
     }
     small = replace(schema, tables=tables)
     model = config.model.build(small, TorchEmbeddings(small, EmbeddingsConfig(), seed=0))
+    if config.loop.compile != "none":
+        owner_of_dense_part(model)
     probe = example_batch(schema)
     with torch.no_grad():
         check_logits(model.eval()(probe), probe)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import json
 import logging
 import os
@@ -16,40 +15,47 @@ from typing import IO, Any, Literal, Self, get_args
 
 import torch
 import torch.distributed
-from lightning.fabric import Fabric
-from omegaconf import OmegaConf
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
-from mlenv.batch import Batch, Extra, example_batch
-from mlenv.composition import from_plain, leaves, to_plain, to_yaml
+from mlenv.batch import Batch, Extra, Position, example_batch
+from mlenv.composition import leaves, to_plain, to_yaml
 from mlenv.config import BALANCES, CALIBRATORS, ExperimentConfig
 from mlenv.dataset_record import DATASET_FILE, DatasetRecord, check_same_content, mlflow_inputs, read_dataset_record, record_dataset
+from mlenv.datasets.division import Division, divide_anew, division_from
 from mlenv.datasets.parquet_source import ParquetSource
-from mlenv.errors import CheckpointError, ConfigError, MlenvError
+from mlenv.errors import CheckpointError, ConfigError
+from mlenv.fabric import make_fabric
 from mlenv.kinds import kind_of
 from mlenv.loops.bad_step import bad_step_folder, save_bad_step
 from mlenv.loops.calibration import CALIBRATORS_FILE, Calibrator, calibrators_from_json, calibrators_to_json, fit_calibrators
 from mlenv.loops.checkpoint import Retention, add_document, list_checkpoints, load_tensors, read_document, verify
 from mlenv.loops.checkpoint_store import CheckpointStore
+from mlenv.loops.compilation import COMPILATION_FILE, Compilation, compile_dense_part
 from mlenv.loops.evaluate import evaluate, score
 from mlenv.loops.fit import Progress
 from mlenv.loops.guarded_step import GuardedStep
 from mlenv.loops.learning_rate import LearningRates, schedule_of
 from mlenv.loops.optimizers import build_table_optimizers, dense_parameters, options_of_tables
-from mlenv.loops.ranks import Shares, all_ranks, is_main, join_group, rank, share, started_by_launcher, wait_for_all, world_size
-from mlenv.loops.sharding import shard
+from mlenv.loops.ranks import Shares, all_ranks, from_main, is_main, rank, share, wait_for_all, world_size
+from mlenv.loops.read_ahead import ReadAheadStep
+from mlenv.loops.sharding import fill_tables, fuse_optimizers
+from mlenv.loops.step_meter import StepMeter, peak_tflops
+from mlenv.loops.step_profile import PROFILE_FOLDER, WARM_UP_STEPS, ProfiledStep, StepProfile
 from mlenv.loops.step_statistics import step_statistics
 from mlenv.loops.stop_signals import StopSignals
+from mlenv.loops.strategy import TorchRecStrategy
+from mlenv.loops.table_memory import TablePlacement, check_memory, free_bytes, replicated
 from mlenv.loops.thread_budget import available_cores, compute_threads
 from mlenv.loops.train_step import EagerStep, TrainStep
-from mlenv.loops.training_run import BEST_FOLDER, CHECKPOINT_FOLDER, CONFIG, PROGRESS, RunOptions, TrainingRun
-from mlenv.loops.training_state import model_tensors, optimizer_tensors, parameter_names, random_tensors
+from mlenv.loops.training_run import BEST_FOLDER, CHECKPOINT_FOLDER, CONFIG, PROGRESS, RunOptions, TrainingRun, newest_to_go_on_from
+from mlenv.loops.training_state import changing_buffers, model_tensors, optimizer_tensors, parameter_names, random_tensors
 from mlenv.loops.weight_average import WeightAverage
 from mlenv.modules import ENGINES, NumericNormalization, Objective, gate_gauges
 from mlenv.modules.distillation import Teach
 from mlenv.page import write_whole
-from mlenv.schema import Schema
+from mlenv.profile_page import PROFILE_PAGE, limit_of, render_profile
+from mlenv.resume import check_resumable, check_schema
+from mlenv.run_folder import occupy, write_config
 from mlenv.teacher import Teacher, teacher_of
 from mlenv.tracking import MlflowTracker, run_tags
 from mlenv.warm_start import OBJECTIVE_STATE, WARM_START, Difference, WarmStart
@@ -65,25 +71,11 @@ NORMALIZATION_ROWS = 262_144
 NAMED_FACTS = 25
 """Row groups that were passed over, and findings about the data, that the facts of a run name; the log has all."""
 
-_MAY_CHANGE = (
-    *("name", "output", "tracking.", "checks.", "calibration.", "data.path", "data.test", "data.workers.", "launch.", "job."),
-    *("loop.log_every_steps", "loop.checkpoint_every_steps", "loop.keep_checkpoints", "loop.stop_after_evaluations", "loop.device"),
-    *("loop.on_bad_loss", "loop.max_loss", "loop.max_skipped_steps", "loop.hang_timeout_seconds", "loop.keep_every_steps"),
-    "loop.checkpoint_url",
-    "data.content_hash",
-)
-"""Keys that a resumed training may set anew; any other would make it another model."""
-
 JOINS = "joins.json"
 """What the joins of a training found, by window."""
 
-_HEADER = "# What mlenv composed of defaults, files and overrides.\n"
-
-_LENGTH = ("loop.max_steps", "data.num_epochs")
-"""Keys that a resumed training may set anew unless the learning rate follows from them."""
-
-_VALIDATION = ("data.validation", "loop.evaluate_every_steps")
-"""Keys that a resumed training may set anew unless the best step is chosen by them."""
+SHARDING = "sharding.json"
+"""Where each table lies, what of it on which rank, with how many bytes."""
 
 
 class Experiment:
@@ -111,20 +103,19 @@ class Experiment:
         if not self.output.parent.is_dir():
             fix = f"mkdir -p '{self.output.parent}', or set output to a folder elsewhere"
             raise ConfigError("output", expected="a folder whose parent exists", received=str(self.output), fix=fix)
-        self._started_process_group = join_group("nccl" if config.loop.device != "cpu" and torch.cuda.is_available() else "gloo")
         self._lock: IO[str] | None = None
         self._tracker: MlflowTracker | None = None
         self._signals = StopSignals()
         if config.loop.device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("loop.device", expected="a device of this machine", received="cuda", fix="set it to auto or cpu")
-        devices: int | list[int] = 1
-        if started_by_launcher() and config.loop.device != "cpu" and torch.cuda.is_available():
-            devices = [int(os.environ["LOCAL_RANK"])]
-            torch.cuda.set_device(devices[0])
-        self.fabric = Fabric(accelerator=config.loop.device, devices=devices, precision=config.loop.precision)
+        was_in_group = torch.distributed.is_initialized()
+        self.fabric = make_fabric(config)
+        self.fabric.launch()
+        self._started_process_group = torch.distributed.is_initialized() and not was_in_group
         self._sees_every_loss = sees_loss_for_free(self.fabric.device) if sees_every_loss is None else sees_every_loss
         self._sources: dict[Split, ParquetSource] = {}
         self._loaded: Path | None = None
+        self._profiled: ProfiledStep | None = None
         self._threads_before = torch.get_num_threads()
         if "OMP_NUM_THREADS" not in os.environ:
             processes, decoding = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), config.data.workers.local_threads
@@ -135,18 +126,29 @@ class Experiment:
     def model(self) -> nn.Module:
         """The model, as it is trained: on its device, its TorchRec tables sharded."""
         config = self.config
+        strategy, device = self.fabric.strategy, self.fabric.device
+        if config.embeddings.engine == "torch":
+            check_memory(self.placements, free_bytes(device))
         embeddings = ENGINES[config.embeddings.engine](self.schema, config.embeddings, config.seed)
         torch.manual_seed(config.seed)
         model = config.model.build(self.schema, embeddings)
         if config.embeddings.engine == "torchrec":
-            self._started_process_group |= not torch.distributed.is_initialized()
-            model = shard(model, config.embeddings, self.fabric.device, config.seed)
+            fuse_optimizers(model, config.embeddings)
+            model = strategy.setup_module(model)
+            fill_tables(model, config.embeddings, self.schema.table_dims, config.seed)
         else:
-            model = model.to(self.fabric.device)
-            if world_size() > 1:
-                model = DistributedDataParallel(model)
+            model = strategy.setup_module(model.to(device))
         torch.manual_seed(config.seed + rank())  # building may draw more or fewer numbers; training starts from the same
         return model
+
+    @property
+    def placements(self) -> dict[str, TablePlacement]:
+        """Where each table lies."""
+        if self.config.embeddings.engine == "torch":
+            return replicated(self.schema.tables, self.config.embeddings)
+        _ = self.model
+        assert isinstance(self.fabric.strategy, TorchRecStrategy)
+        return self.fabric.strategy.placements
 
     @cached_property
     def teach(self) -> Teach | None:
@@ -174,32 +176,81 @@ class Experiment:
             return Objective(config, tasks, model, teach=self.teach, num_steps=self.total_steps, probe=probe).to(device)
 
     @cached_property
-    def step(self) -> TrainStep:
+    def compilation(self) -> Compilation | None:
+        """What came of compiling the model behind its embeddings, which is done here; None without ``loop.compile``."""
+        mode = self.config.loop.compile
+        if mode == "none":
+            return None
+        if mode == "cuda_graphs" and self.fabric.device.type != "cuda":
+            fix = "set it to kernels, or loop.device to cuda"
+            raise ConfigError("loop.compile", expected="none or kernels on a CPU", received=mode, fix=fix)
+        probe = example_batch(self.schema, self.config.data.batch_size).to(self.fabric.device)
+        return compile_dense_part(self.model, probe, mode, self.fabric.autocast)
+
+    @cached_property
+    def step(self) -> StepMeter:
         """One step of training."""
+        _ = self.compilation
         whole_tables = [table for table, options in options_of_tables(self.model, self.config.embeddings) if options.optimizer == "adam"]
         clip = [*self._dense_parameters, *whole_tables], self.config.optimizer.gradient_clip_norm
         rates, schedule = None, schedule_of(self.config.loop, self.total_steps)
         if schedule is not None:
             rates = LearningRates(self.optimizers, getattr(self.model, "fused_optimizer", None), schedule)
         accumulated = self.config.loop.accumulate_batches
-        if world_size() > 1 and accumulated > 1:
-            received = f"{accumulated} with {world_size()} processes"
-            raise ConfigError(
-                "loop.accumulate_batches", expected="1 with several processes", received=received, fix="train with more processes"
-            )
-        empty = example_batch(self.schema, num_rows=0)
-        step = EagerStep(
-            self.fabric, self.model, self.optimizers, self.objective, clip, rates, self.shares, empty, self.average, accumulated
+        filler = example_batch(self.schema)  # two rows: TorchRec's sequences take no fewer than one, batch normalization than two
+        step: TrainStep = EagerStep(
+            self.fabric, self.model, self.optimizers, self.objective, clip, rates, self.shares, filler, self.average, accumulated
         )
-        if not self._sees_every_loss:
-            return step
-        return GuardedStep(step, self.model, self.objective, self.optimizers, self.config.loop, self._keep_bad_step)
+        if self._sees_every_loss:
+            step = GuardedStep(step, self.model, self.objective, self.optimizers, self.config.loop, self._keep_bad_step, filler)
+        reads_ahead = self.config.loop.read_ahead
+        if reads_ahead or (reads_ahead is None and self.fabric.device.type == "cuda"):
+            step = ReadAheadStep(step, self.model, self.objective, self.fabric.device, filler, self.total_steps, accumulated)
+        if looked_at := self.config.loop.profile_steps:
+            if self.total_steps < WARM_UP_STEPS + looked_at:
+                expected = f"at most {max(self.total_steps - WARM_UP_STEPS, 0)}, so that the training is long enough"
+                raise ConfigError("loop.profile_steps", expected=expected, received=looked_at)
+            self._profiled = ProfiledStep(step, looked_at, self.fabric.device, self.output / PROFILE_FOLDER, self._keep_profile)
+            step = self._profiled
+        peak = peak_tflops(self.fabric.device, self.config.loop.precision, self.config.loop.peak_tflops)
+        return StepMeter(step, self.model, self.fabric.device, filler, peak)
 
     @cached_property
     def shares(self) -> Shares:
         """How the training rows are divided over the processes and their steps."""
-        rows = all_ranks((self.source("train").num_own_rows,))
-        return Shares(tuple(own for (own,) in rows), self.config.data.batch_size * self.config.loop.accumulate_batches)
+        source = self.source("train")
+        source.division = self.division
+        if is_main() and len(source.row_groups) < world_size():
+            fix = "write smaller row groups, or train with fewer processes"
+            logger.warning(
+                "data.train: %d row groups for %d processes: the others train on empty batches. Fix: %s.",
+                len(source.row_groups),
+                world_size(),
+                fix,
+            )
+        rows = tuple(own for (own,) in all_ranks((source.num_own_rows,)))
+        return Shares(rows, self.config.data.batch_size * self.config.loop.accumulate_batches, self.division.step)
+
+    @cached_property
+    def division(self) -> Division:
+        """How the training rows are divided: anew where the checkpoint to go on from is of another number of processes."""
+        if self._newest is None:
+            return Division()
+        record = json.loads((self._newest / PROGRESS).read_text())
+        before, positions = division_from(record.get("division")), [Position(*position) for position in record["position"]]
+        if len(positions) == world_size():
+            return before
+        return divide_anew(before, positions, record["step"], world_size(), self.source("train").rows_of_windows)
+
+    @cached_property
+    def _newest(self) -> Path | None:
+        """The checkpoint that the training goes on from; only rank 0 reads all of it, to verify it."""
+        found = None
+        if is_main() and (self.store is not None or self.output.exists()):
+            self._occupy()
+            found = newest_to_go_on_from(self.output, self.store, self._check_resumable)
+        path = from_main(str(found or ""))
+        return Path(path) if path else None
 
     @cached_property
     def average(self) -> WeightAverage | None:
@@ -252,10 +303,13 @@ class Experiment:
             fingerprints={"training data": source.fingerprint, **self._teacher_fingerprint, **self._warm_start_fingerprint},
             max_loss=loop.max_loss,
             hang_timeout_seconds=loop.hang_timeout_seconds,
+            division=self.division,
+            seed=self.config.seed,
         )
         return TrainingRun(
             self.output,
             options,
+            find=lambda: self._newest,
             state=self._tensors,
             begin=self._begin,
             check=self._check_resumable,
@@ -299,7 +353,7 @@ class Experiment:
         if not checkpoints:
             raise CheckpointError(str(self.output), expected="a checkpoint", received="none", fix="train first: mlenv train CONFIG")
         verify(checkpoints[-1])
-        self._check_schema(checkpoints[-1], _plain((checkpoints[-1] / CONFIG).read_text()))
+        check_schema(checkpoints[-1], (checkpoints[-1] / CONFIG).read_text(), self.schema)
         load_tensors(checkpoints[-1], model_tensors(self.model))
         self._loaded = checkpoints[-1]
         self.__dict__.pop("calibrators", None)  # those of another model
@@ -369,6 +423,10 @@ class Experiment:
             for split, source in self._sources.items()
             for join in source.joins.values()
         }
+        if (compilation := self.__dict__.get("compilation")) is not None:
+            prints["compilation"] = str(compilation)
+        if "model" in self.__dict__ and world_size() > 1:
+            prints["tables"] = "; ".join(f"{table} {placement}" for table, placement in self.placements.items())
         return {**windows, **prints, "device": str(self.fabric.device), **run_tags()}
 
     @property
@@ -384,6 +442,8 @@ class Experiment:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._signals.__exit__(kind, error, trace)
+        if self._profiled is not None:
+            self._profiled.close()
         torch.set_num_threads(self._threads_before)
         if "run" in self.__dict__:
             self.run.close()
@@ -426,6 +486,7 @@ class Experiment:
         return {**model_tensors(self.model), **{name: tensor for name, tensor in state.items() if not name.startswith(OBJECTIVE_STATE)}}
 
     def _tensors(self) -> dict[str, Any]:
+        self._agree_on_buffers()
         objective = {f"objective.{name}": tensor for name, tensor in self.objective.state_dict().items()}
         names = parameter_names(self.model, self.objective)
         averaged = {} if self.average is None else self.average.tensors()
@@ -444,8 +505,14 @@ class Experiment:
             return f"{statistics.origin}; the step could not be kept in {folder} ({error})"
         return f"{statistics.origin}; kept in {folder}, for mlenv.replay"
 
+    def _keep_profile(self, profile: StepProfile) -> None:
+        folder = self.output / PROFILE_FOLDER
+        write_whole(render_profile(profile, self.config.name), folder / PROFILE_PAGE)
+        self.keep(folder)
+        logger.info("%s: %s", folder / PROFILE_PAGE, limit_of(profile))
+
     def _gauges(self) -> dict[str, float]:
-        return {**self.objective.gauges(), **gate_gauges(self.model)}
+        return {**self.objective.gauges(), **gate_gauges(self.model), **self.step.gauges()}
 
     def _begin(self) -> None:
         """Prepares a model that starts from nothing, or from the weights of another one."""
@@ -472,7 +539,12 @@ class Experiment:
                     reader.close()
                 share(module.buffers())
 
+    def _agree_on_buffers(self) -> None:
+        """What each process has followed by itself, such as the means of a batch normalization, becomes that of the first."""
+        share(changing_buffers(self.model, self.objective))
+
     def _validate(self) -> dict[str, float]:
+        self._agree_on_buffers()
         with nullcontext() if self.average is None else self.average.in_place():
             return evaluate(self.model, self.source("validation")).metrics
 
@@ -494,53 +566,24 @@ class Experiment:
                 )
         return calibrators
 
-    def _check_schema(self, checkpoint: Path, saved: dict[str, Any]) -> None:
-        differences = from_plain(saved["schema"], Schema, str(checkpoint)).differences(self.schema)
-        if differences:
-            fix = "use the config it was trained with, or train in another output folder"
-            raise CheckpointError(
-                f"{checkpoint}, schema", expected="the schema it was trained with", received="; ".join(differences), fix=fix
-            )
-
     def _check_resumable(self, checkpoint: Path, text: str) -> None:
-        saved = _plain(text)
-        self._check_schema(checkpoint, saved)
-        before, now = leaves(saved), leaves(to_plain(self.config))
-        loop, taught = self.config.loop, self.config.objective.distillation
-        follows_length = loop.learning_rate_decay in ("linear", "cosine") or (taught is not None and taught.final_weight is not None)
-        may_change = _MAY_CHANGE + (() if follows_length else _LENGTH) + (() if loop.monitor else _VALIDATION)
-        changed = [
-            f"{key}: {before.get(key)!r} became {now.get(key)!r}"
-            for key in {**before, **now}
-            if before.get(key) != now.get(key) and not key.startswith(("schema.", *may_change))
-        ]
-        if changed:
-            fix = "put them back, or train in another output folder"
-            raise CheckpointError(f"{checkpoint}, config", expected="the values it was trained with", received="; ".join(changed), fix=fix)
+        check_resumable(self.config, checkpoint, text)
         if known := self._known_dataset:
             check_same_content(known, self.dataset, checkpoint)
 
     def _occupy(self) -> None:
-        """Makes the output folder and keeps a second training out of it."""
-        written = self.output / CONFIG
-        if (self.output.exists() and not self.output.is_dir()) or (written.exists() and not written.read_text().startswith(_HEADER)):
-            received = f"a file {CONFIG} of your own" if written.exists() else "a file"
-            raise ConfigError("output", expected="a folder for the run alone", received=received, fix="set output to another folder")
-        self.output.mkdir(exist_ok=True)
-        self._lock = (self.output / ".lock").open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise MlenvError(
-                f"{self.output}: another training is writing here. Fix: wait for it, or set output to another folder."
-            ) from error
+        self._lock = self._lock or occupy(self.output)
 
     def _record_start(self) -> None:
         """Writes the config and begins the tracked run, once it is certain that the training goes on."""
         write_whole(self.dataset.to_json(), self.output / DATASET_FILE)
-        write_whole(_HEADER + to_yaml(self.config), self.output / CONFIG)
+        write_config(self.config)
+        placements = {table: dataclasses.asdict(placement) for table, placement in self.placements.items()}
+        write_whole(json.dumps(placements, indent=2), self.output / SHARDING)
         if joins := {split: source.joins for split, source in self._sources.items() if source.joins}:
             write_whole(json.dumps(joins, indent=2), self.output / JOINS)
+        if self.compilation is not None:
+            write_whole(json.dumps(dataclasses.asdict(self.compilation), indent=2), self.output / COMPILATION_FILE)
         if self._taken is not None:
             write_whole(self._taken.to_json(), self.output / WARM_START)
         tracking = self.config.tracking
@@ -554,18 +597,16 @@ class Experiment:
         self._tracker.log_inputs(mlflow_inputs(self.dataset))
         self.keep(self.output / CONFIG)
         self.keep(self.output / DATASET_FILE)
-        if joins:
-            self.keep(self.output / JOINS)
-        if self._taken is not None:
-            self.keep(self.output / WARM_START)
+        for name, is_there in (
+            (SHARDING, True),
+            (JOINS, bool(joins)),
+            (COMPILATION_FILE, self.compilation is not None),
+            (WARM_START, self._taken is not None),
+        ):
+            if is_there:
+                self.keep(self.output / name)
 
 
 def sees_loss_for_free(device: torch.device) -> bool:
     """Whether reading the loss of every step costs nothing: the step is done by then, and no device has to be waited for."""
     return device.type == "cpu"
-
-
-def _plain(text: str) -> dict[str, Any]:
-    plain = OmegaConf.to_container(OmegaConf.create(text))
-    assert isinstance(plain, dict)
-    return plain  # type: ignore[return-value]

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mlenv.config import ExperimentConfig
-from mlenv.feature_catalogue import Catalogue, ModelVersion, Run
+from mlenv.feature_catalogue import Catalogue, Run
 from mlenv.feature_record import FeatureRecord, record_features
 from mlenv.findings import SEVERITIES, Chance, Finding, judge
+from mlenv.registry import ModelVersion
 from mlenv.validation import Covered, coverage_drop, window_by_day
 
 if TYPE_CHECKING:

@@ -16,13 +16,14 @@ from yaml import YAMLError
 
 from mlenv.composition import from_plain, leaves, to_plain
 from mlenv.config import CONFIG_FILE, ChecksConfig
-from mlenv.errors import DataError, MlenvError, nearest
+from mlenv.errors import DataError, nearest
 from mlenv.feature_record import FEATURES_FILE, FeatureDay, FeatureRecord
 from mlenv.kinds import kind_of
 from mlenv.mlflow_outbox import absolute_uri, without_password
+from mlenv.mlflow_store import asking, open_store, paged
+from mlenv.registry import ModelVersion, list_versions
 from mlenv.schema import FEATURES, Feature, Schema
 from mlenv.schema import Sequence as EventSequence
-from mlenv.tracking import brief, prepare_environment
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -31,19 +32,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _PAGE = 500
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelVersion:
-    """A registered model, and the run that it was made from."""
-
-    name: str
-    version: str
-    aliases: tuple[str, ...]
-    run_id: str
-
-    def __str__(self) -> str:
-        return f"{self.name} version {self.version}" + (f" ({', '.join(f'@{alias}' for alias in self.aliases)})" if self.aliases else "")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,10 +184,7 @@ class CatalogueReader:
         """
         self.store, self._experiment = without_password(uri), experiment
         self._uri = absolute_uri(uri)
-        file = Path(self._uri.removeprefix("sqlite:///"))
-        if self._uri.startswith("sqlite:") and not file.is_file():
-            fix = "train with tracking.enabled, or name the place of the runs with --uri"
-            raise DataError(self.store, expected="a database of tracked runs", received="no such file", fix=fix)
+        self._client = open_store(self._uri)
         self._known: dict[tuple[str, int], Run] = {}
 
     def read(self) -> Catalogue:
@@ -208,26 +193,18 @@ class CatalogueReader:
             DataError: there is no such experiment.
             MlenvError: MLflow does not answer.
         """
-        prepare_environment()
-        from mlflow import MlflowClient
-
-        try:
-            client = MlflowClient(tracking_uri=self._uri, registry_uri=self._uri)
-            entries = [self._run(client, run) for run in self._runs(client)]
-            versions = sorted(_versions(client), key=lambda version: (version.name, -int(version.version)))
-        except MlenvError:
-            raise
-        except Exception as error:
-            raise MlenvError(f"MLflow at {self.store}: {brief(error)}. Fix: start the server, or name another one with --uri.") from error
+        with asking(self._uri):
+            entries = [self._run(self._client, run) for run in self._runs(self._client)]
+            versions = sorted(list_versions(self._client), key=lambda version: (version.name, -int(version.version)))
         runs = sorted((run for run in entries if run is not None), key=lambda run: -run.started_ms)
         return Catalogue(store=self.store, runs=runs, versions=versions, num_others=len(entries) - len(runs))
 
     def _runs(self, client: MlflowClient) -> Iterator[MlflowRun]:
-        names = {experiment.name: experiment.experiment_id for experiment in _paged(client.search_experiments, max_results=_PAGE)}
+        names = {experiment.name: experiment.experiment_id for experiment in paged(client.search_experiments, max_results=_PAGE)}
         if self._experiment and self._experiment not in names:
             raise DataError(self.store, expected="an experiment", received=self._experiment, fix=nearest(self._experiment, names))
         chosen = [names[self._experiment]] if self._experiment else [*names.values()]
-        return _paged(client.search_runs, experiment_ids=chosen, max_results=_PAGE)
+        return paged(client.search_runs, experiment_ids=chosen, max_results=_PAGE)
 
     def _run(self, client: MlflowClient, run: MlflowRun) -> Run | None:
         key = (run.info.run_id, run.info.end_time or 0)
@@ -272,28 +249,6 @@ def _data_sets(data: Mapping[str, Any]) -> tuple[str, ...]:
     """The folder of the data, and that of each window that has one of its own."""
     places = [data, *(data.get(window) or {} for window in ("train", "validation", "test"))]
     return tuple(dict.fromkeys(place["path"] for place in places if place.get("path")))
-
-
-def _versions(client: MlflowClient) -> Iterator[ModelVersion]:
-    aliases: dict[tuple[str, str], list[str]] = {}
-    for model in _paged(client.search_registered_models, max_results=100):
-        for alias, version in sorted(model.aliases.items()):
-            aliases.setdefault((model.name, str(version)), []).append(alias)
-    for version in _paged(client.search_model_versions, max_results=_PAGE):
-        key = (version.name, str(version.version))
-        source = version.source or ""
-        run_id = version.run_id or (source.removeprefix("runs:/").partition("/")[0] if source.startswith("runs:/") else "")
-        yield ModelVersion(name=key[0], version=key[1], aliases=tuple(aliases.get(key, ())), run_id=run_id)
-
-
-def _paged(search: Any, **options: Any) -> Iterator[Any]:
-    token: str | None = None
-    while True:
-        page = search(page_token=token, **options)
-        yield from page
-        token = page.token
-        if not token:
-            return
 
 
 def _some(names: Sequence[str]) -> str:

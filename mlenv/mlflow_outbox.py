@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 import posixpath
 import re
 import threading
@@ -234,6 +235,12 @@ def _sqlite_path(uri: str) -> Path:
 def without_password(text: str) -> str:
     """A URI, or a sentence with URIs, as it may be shown and kept."""
     return re.sub(r"(?<=://)[^/@\s]*@", "", text)
+
+
+def known_uri(place: str) -> str:
+    """The URI of a place that was noted without its password: that of ``MLFLOW_TRACKING_URI``, where it is the same place."""
+    uri = absolute_uri(os.environ.get("MLFLOW_TRACKING_URI", ""))
+    return uri if without_password(uri) == place else place
 
 
 def _name(key: str) -> str:

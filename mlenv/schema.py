@@ -287,6 +287,11 @@ class Schema:
         """Names of the labels, in the order of the columns of logits, labels and weights."""
         return tuple(self.labels)
 
+    @property
+    def table_dims(self) -> dict[str, int]:
+        """``embedding_dim`` of each table."""
+        return {name: table.embedding_dim for name, table in self.tables.items()}
+
     @cached_property
     def sparse_keys(self) -> tuple[SparseKey, ...]:
         """Keys of ``SparseFeatures``, ordered by lookup, so that the keys of each lookup are contiguous in memory."""
@@ -296,7 +301,7 @@ class Schema:
         order = typing.get_args(Lookup)
         keys = (dataclasses.replace(key, lookup=_lookup(groups[key.table])) for key in self._sparse_keys())
         # Rows that are fetched one by one lie in tables of one width each, because TorchRec's collections want it so.
-        width = {name: table.embedding_dim for name, table in self.tables.items()}
+        width = self.table_dims
         return tuple(sorted(keys, key=lambda key: (order.index(key.lookup), width[key.table] if key.lookup == "unpooled" else 0)))
 
     @cached_property

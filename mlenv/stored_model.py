@@ -1,33 +1,47 @@
-"""Finds the checkpoint that a model's name leads to: on the disk, or in MLflow."""
+"""Finds the checkpoint that a model's name leads to, on the disk or in MLflow, and builds the model that it holds."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any, TypeVar
 
+import torch
 import xxhash
+from omegaconf import OmegaConf
+from torch import nn
 
+from mlenv.composition import from_plain
+from mlenv.config import MODELS, EmbeddingsConfig, ModelConfig
 from mlenv.errors import ConfigError
-from mlenv.loops.checkpoint import MANIFEST, list_checkpoints
-from mlenv.loops.training_run import BEST_FOLDER, CHECKPOINT_FOLDER
+from mlenv.kinds import kind_field
+from mlenv.loops.checkpoint import MANIFEST, list_checkpoints, load_tensors
+from mlenv.loops.training_run import BEST_FOLDER, CHECKPOINT_FOLDER, CONFIG
+from mlenv.loops.training_state import model_tensors
 from mlenv.mlflow_outbox import absolute_uri
+from mlenv.modules import TorchEmbeddings
+from mlenv.schema import Schema
+
+Sections = TypeVar("Sections")
 
 _MLFLOW = ("runs:/", "models:/", "mlflow-artifacts:/")
 
 
-def find_checkpoint(name: str, tracking_uri: str, key: str) -> Path:
+def find_checkpoint(name: str, tracking_uri: str, key: str, into: Path | None = None) -> Path:
     """Of a training that chose its best step that one, of another its last.
 
     Args:
         name: an output folder, a checkpoint, or a model that MLflow keeps.
         key: of the config, for the message.
+        into: a folder for what is downloaded; by default one that stays behind.
 
     Raises:
         ConfigError: there is none.
     """
-    folder = _download(name, tracking_uri, key) if name.startswith(_MLFLOW) else Path(name)
+    folder = _download(name, tracking_uri, key, into) if name.startswith(_MLFLOW) else Path(name)
     if (folder / MANIFEST).is_file():
         return folder
     checkpoints = list_checkpoints(folder / BEST_FOLDER) or list_checkpoints(folder / CHECKPOINT_FOLDER)
@@ -43,12 +57,42 @@ def fingerprint_of(checkpoint: Path) -> str:
     return xxhash.xxh3_128((checkpoint / MANIFEST).read_bytes()).hexdigest()[:12]
 
 
-def _download(uri: str, tracking_uri: str, key: str) -> Path:
+@dataclass(frozen=True, kw_only=True)
+class ModelSections:
+    """The part of a checkpoint's config that makes its model: a class of its own for anything else need not be there any more."""
+
+    schema: Schema
+    model: ModelConfig = kind_field(MODELS)
+    embeddings: EmbeddingsConfig = EmbeddingsConfig()
+
+
+def read_sections(checkpoint: Path, cls: type[Sections]) -> Sections:
+    """The sections of a checkpoint's config that a dataclass has fields for.
+
+    Raises:
+        Problems: they are of another version of mlenv.
+    """
+    plain = OmegaConf.to_container(OmegaConf.load(checkpoint / CONFIG))
+    assert isinstance(plain, dict)
+    parts: dict[str, Any] = {item.name: plain[item.name] for item in fields(cls) if item.name in plain}  # type: ignore[arg-type]
+    sections: Sections = from_plain(parts, cls, str(checkpoint / CONFIG))
+    return sections
+
+
+def build_stored_model(checkpoint: Path, sections: ModelSections, device: torch.device) -> nn.Module:
+    """The model of a verified checkpoint, to be asked and not to be trained, its tables on plain PyTorch whatever trained them."""
+    with torch.random.fork_rng(devices=[]):
+        model = sections.model.build(sections.schema, TorchEmbeddings(sections.schema, sections.embeddings, seed=0))
+    load_tensors(checkpoint, model_tensors(model))
+    return model.to(device).eval().requires_grad_(False)
+
+
+def _download(uri: str, tracking_uri: str, key: str, into: Path | None) -> Path:
     import mlflow
 
     with _mlflow_at(absolute_uri(tracking_uri)):
         try:
-            return Path(mlflow.artifacts.download_artifacts(artifact_uri=uri))
+            return Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=None if into is None else str(into)))
         except (mlflow.exceptions.MlflowException, OSError) as error:
             raise ConfigError(key, expected="a model that MLflow keeps", received=uri, fix=str(error).partition("\n")[0]) from error
 

@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from mlenv.batch import Batch, SparseFeatures
-from mlenv.composition import from_plain
-from mlenv.config import MODELS, DistillationConfig, EmbeddingsConfig, ModelConfig
+from mlenv.config import DistillationConfig
 from mlenv.errors import ConfigError
-from mlenv.kinds import kind_field
 from mlenv.loops.calibration import CALIBRATORS_FILE, Calibrator, calibrators_from_json
-from mlenv.loops.checkpoint import load_tensors, read_document, verify
-from mlenv.loops.training_run import CONFIG
-from mlenv.loops.training_state import model_tensors
-from mlenv.modules import TorchEmbeddings
+from mlenv.loops.checkpoint import read_document, verify
 from mlenv.modules.distillation import Taught, Teach
 from mlenv.modules.shared_input import WatchedInput
 from mlenv.schema import Schema, Table
-from mlenv.stored_model import find_checkpoint, fingerprint_of
+from mlenv.stored_model import ModelSections, build_stored_model, find_checkpoint, fingerprint_of, read_sections
 
 KEY = "objective.distillation.teacher"
 
@@ -45,16 +38,13 @@ class Teacher:
         verify(checkpoint)
         self.fingerprint = fingerprint_of(checkpoint)
         """Of the checkpoint; a student that goes on must have the same teacher."""
-        taught = _read_config(checkpoint)
+        taught = read_sections(checkpoint, ModelSections)
         _check_same_reading(taught.schema, schema, config.teacher)
-        with torch.random.fork_rng(devices=[]):
-            model = taught.model.build(taught.schema, TorchEmbeddings(taught.schema, taught.embeddings, seed=0))
-        load_tensors(checkpoint, model_tensors(model))
-        self._model = model.to(device).eval().requires_grad_(False)
+        self._model = build_stored_model(checkpoint, taught, device)
         self._autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16-mixed")
         self._hidden = None
         if config.hidden is not None:
-            self._hidden = WatchedInput(model, config.hidden.teacher_part, "objective.distillation.hidden.teacher_part")
+            self._hidden = WatchedInput(self._model, config.hidden.teacher_part, "objective.distillation.hidden.teacher_part")
         self._calibrators: dict[int, nn.Module] = {}
         """Of the columns of its logits that are calibrated."""
         if config.calibrated:
@@ -126,23 +116,6 @@ def _chosen(sparse: SparseFeatures, keys: list[int]) -> SparseFeatures:
         tuple(part.value_counts[0] for part in parts),
         None if sparse.weights is None else joined([part.weights for part in parts if part.weights is not None], sparse.weights),
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class _TaughtConfig:
-    """What is read of a teacher's config: a class of its own for anything else need not be there any more."""
-
-    schema: Schema
-    model: ModelConfig = kind_field(MODELS)
-    embeddings: EmbeddingsConfig = EmbeddingsConfig()
-
-
-def _read_config(checkpoint: Path) -> _TaughtConfig:
-    plain = OmegaConf.to_container(OmegaConf.load(checkpoint / CONFIG))
-    assert isinstance(plain, dict)
-    parts: dict[str, Any] = {name: plain[name] for name in ("schema", "model", "embeddings") if name in plain}
-    config: _TaughtConfig = from_plain(parts, _TaughtConfig, str(checkpoint / CONFIG))
-    return config
 
 
 def _calibrators(checkpoint: Path) -> dict[str, Calibrator]:

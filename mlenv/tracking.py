@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Final, Literal, final
 
 from mlenv.errors import DataError, MlenvError
-from mlenv.mlflow_outbox import RECORD_FILE, Outbox, Record, absolute_uri, load_record, now_ms, without_password
+from mlenv.mlflow_outbox import RECORD_FILE, Outbox, Record, absolute_uri, known_uri, load_record, now_ms, without_password
 
 logger = logging.getLogger(__name__)
 
@@ -138,9 +138,8 @@ def send_pending(output: Path) -> None:
     """
     record = tracked_run(output)
     prepare_environment()
-    uri = absolute_uri(os.environ.get("MLFLOW_TRACKING_URI", ""))
     try:
-        Outbox(output, record, uri if without_password(uri) == record.uri else record.uri).send()
+        Outbox(output, record, known_uri(record.uri)).send()
     except Exception as error:
         raise MlenvError(f"MLflow at {record.uri}: {brief(error)}. Fix: start the server, then run this again.") from error
 

@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final
 
 import torch
 from omegaconf import OmegaConf
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from mlenv.composition import from_plain
 from mlenv.config import WarmStartConfig
 from mlenv.errors import ConfigError, nearest
 from mlenv.loops.checkpoint import load_tensors, stored_shapes, verify
+from mlenv.loops.ranks import objects_of_all
 from mlenv.loops.training_run import CONFIG
 from mlenv.schema import Schema, Table
 from mlenv.stored_model import find_checkpoint, fingerprint_of
@@ -101,7 +104,8 @@ class WarmStart:
         verify(self.checkpoint)
 
     def compare(self, tensors: Mapping[str, Any]) -> Difference:
-        """What can be taken into these tensors of a model, and of its optimizers.
+        """What can be taken into these tensors of a model, and of its optimizers, on all ranks together: a rank has the state of its own
+        tables alone. All ranks call this.
 
         Raises:
             ConfigError: ``warm_start.strict`` is set and something changed.
@@ -121,6 +125,7 @@ class WarmStart:
                 difference.changed[name] = f"shape {there[old]} there, {shape} here"
             else:
                 difference.taken.append(name)
+        difference = _joined(objects_of_all(difference))
         known = {self._old_name(name) for name in tensors}
         difference.left = sorted(name for name in there if name not in known and not _belongs_to_a_run(name))
         if self._config.strict and difference.changed:
@@ -136,20 +141,14 @@ class WarmStart:
         Raises:
             CheckpointError: the checkpoint is damaged.
         """
-        load_tensors(self.checkpoint, {self._old_name(name): tensors[name] for name in difference.taken})
+        load_tensors(self.checkpoint, {self._old_name(name): tensors[name] for name in difference.taken if name in tensors})
         shapes = stored_shapes(self.checkpoint)
-        for name in difference.rows:
+        for name in (name for name in difference.rows if name in tensors):
             rows, old = self._rows(name), self._old_name(name)
             assert isinstance(rows, Rows)
             stored = torch.empty(shapes[old])
-            load_tensors(self.checkpoint, {old: stored})
-            for piece, place in _pieces(tensors[name]):
-                here = (rows.new >= place[0]) & (rows.new < place[0] + len(piece))
-                values = stored[rows.old[here]]
-                if piece.dim() > 1:
-                    values = values[:, place[1] : place[1] + piece.shape[1]]
-                with torch.no_grad():
-                    piece[(rows.new[here] - place[0]).to(piece.device)] = values.to(piece.device, piece.dtype)
+            load_tensors(self.checkpoint, {old: stored}, alone=True)
+            fill_rows(tensors[name], rows, stored)
 
     def _wanted(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
         return {name: tensor for name, tensor in tensors.items() if self._config.optimizer_state or not name.startswith(OPTIMIZER)}
@@ -170,6 +169,18 @@ class WarmStart:
         assert table is not None
         old = self._old_schema.tables[self._config.renamed.get(table[0], table[0])]
         return here[0] == self._schema.tables[table[0]].num_embeddings and there[0] == old.num_embeddings and here[1:] == there[1:]
+
+
+def _joined(differences: Sequence[Difference]) -> Difference:
+    """What is so on any rank, each tensor once."""
+    first = differences[0]
+    return replace(
+        first,
+        taken=list(dict.fromkeys(name for difference in differences for name in difference.taken)),
+        rows={name: rows for difference in differences for name, rows in difference.rows.items()},
+        changed={name: why for difference in differences for name, why in difference.changed.items()},
+        fresh=list(dict.fromkeys(name for difference in differences for name in difference.fresh)),
+    )
 
 
 def same_rows(old: Table, new: Table) -> Rows | str | None:
@@ -197,6 +208,17 @@ def same_rows(old: Table, new: Table) -> Rows | str | None:
     return Rows(*torch.tensor(pairs, dtype=torch.long).reshape(-1, 2).unbind(1))
 
 
+@torch.no_grad()
+def fill_rows(tensor: Any, rows: Rows, stored: Tensor) -> None:
+    """Copies rows of another table, or what an optimizer keeps of them, into those parts of a table that this rank has."""
+    for piece, (row, column) in _pieces(tensor):
+        here = (rows.new >= row) & (rows.new < row + len(piece))
+        values = stored[rows.old[here]]
+        if piece.dim() > 1:
+            values = values[:, column : column + piece.shape[1]]
+        piece[(rows.new[here] - row).to(piece.device)] = values.to(piece.device, piece.dtype)
+
+
 def _compare_inputs(old: Schema, new: Schema) -> str:
     """Which features one of them lacks, or that they stand in another order; empty where a model reads both alike."""
     there, here = ([*(key.name for key in schema.sparse_keys), *(column.name for column in schema.dense_columns)] for schema in (old, new))
@@ -217,9 +239,12 @@ def _shape(tensor: Any) -> tuple[int, ...]:
 
 def _pieces(tensor: Any) -> Iterator[tuple[Tensor, tuple[int, int]]]:
     """What this rank holds of a tensor, and the row and column that each part begins at."""
-    if not hasattr(tensor, "local_shards"):
-        yield tensor, (0, 0)
-        return
-    for shard in tensor.local_shards():
-        row, column = [*shard.metadata.shard_offsets, 0][:2]
-        yield shard.tensor, (row, column)
+    if hasattr(tensor, "local_shards"):  # TorchRec's
+        parts = [(shard.tensor, shard.metadata.shard_offsets) for shard in tensor.local_shards()]
+    elif isinstance(tensor, DTensor):  # FSDP's
+        parts = [(tensor.to_local(), compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)[1])]
+    else:
+        parts = [(tensor, (0, 0))]
+    for part, offsets in parts:
+        row, column = [*offsets, 0][:2]
+        yield part, (row, column)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, groupby
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ from torch.nn import functional
 from mlenv.batch import SparseFeatures
 from mlenv.config import EmbeddingsConfig
 from mlenv.errors import ConfigError, require
+from mlenv.modules.ids_ahead import IdsAhead
 from mlenv.schema import Schema, SparseKey
 
 if TYPE_CHECKING:
@@ -126,6 +127,7 @@ class TorchRecEmbeddings(nn.Module):
         super().__init__()
         torchrec = require("torchrec", extra="torchrec")
         self.layout = EmbeddingLayout(schema)
+        self.ids_ahead = IdsAhead()
         self.collections = nn.ModuleDict()
         for name, _, keys in self.layout.lookups():
             users: dict[str, list[str]] = {}
@@ -153,11 +155,17 @@ class TorchRecEmbeddings(nn.Module):
         Returns:
             float32 vectors; an empty bag is zeros.
         """
+        if sparse.batch_size == 0:  # of which TorchRec cannot look up sequences: one example without ids, and nothing of it
+            one = self(replace(sparse, lengths=sparse.lengths.new_zeros(len(sparse.keys))))
+            none = {feature: EmbeddedSequence(events.values, events.lengths[:0]) for feature, events in one.sequences.items()}
+            return EmbeddedFeatures(one.pooled[:0], none)
         lengths = sparse.lengths.view(len(sparse.keys), sparse.batch_size)
         pooled: list[Tensor] = []
         events: dict[str, list[EmbeddedSequence]] = {}
         for name, where, keys in self.layout.lookups():
-            found = self.collections[name](sparse.select(where.start, where.stop).to_keyed_jagged_tensor())
+            found = self.ids_ahead.look_up(self.collections[name], name, sparse)
+            if found is None:
+                found = self.collections[name](sparse.select(where.start, where.stop).to_keyed_jagged_tensor())
             if keys[0].lookup != "unpooled":
                 pooled += self._pooled(found, keys, lengths[where])
                 continue
@@ -171,6 +179,14 @@ class TorchRecEmbeddings(nn.Module):
                     weights = found[key.name].weights_or_none() if key.group == "weighted_bag" else None
                     pooled.append(pool(vectors, lengths[place], weights, self.layout.tables[key.table].pooling))
         return EmbeddedFeatures(side_by_side(pooled, lengths), joined_fields(events))
+
+    def send_ahead(self, sparse: SparseFeatures) -> None:
+        """Starts to send the ids of a later batch to the ranks that hold their rows, once the tables are divided over them.
+
+        All ranks do so at the same point. ``forward`` over this very object goes on from there.
+        """
+        for name, where, _ in self.layout.lookups():
+            self.ids_ahead.send(self.collections[name], name, sparse, sparse.select(where.start, where.stop).to_keyed_jagged_tensor())
 
     def _pooled(self, found: KeyedTensor, keys: tuple[SparseKey, ...], lengths: Tensor) -> list[Tensor]:
         """Pooled vectors in the order of the keys. Means are divided here: fbgemm's fused update of its own means on a CPU forgets to."""

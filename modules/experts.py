@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mlenv.errors import ConfigError
+from mlenv.modules.batch_norm import BatchNorm
 from mlenv.modules.mlp import MLPConfig
 
 
@@ -28,7 +29,7 @@ class ExpertNetworks(nn.Module):
             channels = num_groups * num_experts * hidden
             self.biases.append(_uniform((channels,), width))  # flat, because weight decay spares vectors
             if config.normalization == "batch":
-                self.normalizations.append(nn.BatchNorm1d(channels))
+                self.normalizations.append(BatchNorm(channels))
             elif config.normalization == "layer":  # one group of channels is one expert
                 self.normalizations.append(nn.GroupNorm(num_groups * num_experts, channels))
             width = hidden

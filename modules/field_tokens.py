@@ -34,12 +34,17 @@ class FieldTokens(nn.Module):
         Returns:
             ``(batch, fields, token_dim)``, same dtype.
         """
+        tokens = self.runs_of(inputs)
+        return tokens[0] if len(tokens) == 1 else torch.cat(tokens, dim=1)
+
+    def runs_of(self, inputs: Tensor) -> list[Tensor]:
+        """The same tokens, ``(batch, fields of a run, token_dim)`` for each run of neighbours of equal width: none is copied."""
         pieces = torch.split(inputs, [dim * count for dim, count in self.runs], dim=1)
         tokens, maps = [], iter(zip(self.weights, self.biases, strict=True))
         for (dim, count), piece in zip(self.runs, pieces, strict=True):
             fields = piece.view(-1, count, dim)
             tokens.append(fields if dim == self.token_dim else _mapped(fields, *next(maps)))
-        return tokens[0] if len(tokens) == 1 else torch.cat(tokens, dim=1)
+        return tokens
 
 
 def _mapped(fields: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

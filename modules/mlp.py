@@ -8,6 +8,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from mlenv.errors import ConfigError, check_at_least
+from mlenv.modules.batch_norm import BatchNorm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +39,7 @@ class MLP(nn.Module):
         for hidden in config.hidden:
             layers.append(nn.Linear(width, hidden))
             if config.normalization != "none":
-                layers.append(nn.BatchNorm1d(hidden) if config.normalization == "batch" else nn.LayerNorm(hidden))
+                layers.append(BatchNorm(hidden) if config.normalization == "batch" else nn.LayerNorm(hidden))
             layers.append(nn.ReLU())
             if config.dropout:
                 layers.append(nn.Dropout(config.dropout))

@@ -105,7 +105,17 @@ class Ranker(nn.Module):
         Returns:
             logits ``(batch, tasks)`` float32.
         """
-        inputs = self.representation(batch)
+        return self.dense_part(self.representation(batch))
+
+    def dense_part(self, inputs: Tensor) -> Tensor:
+        """What lies behind the embeddings; ``loop.compile`` puts a compiled one in its place.
+
+        Args:
+            inputs: ``(batch, representation.output_dim)``.
+
+        Returns:
+            logits ``(batch, tasks)`` float32.
+        """
         if self.summaries is not None:
             inputs = self.summaries(inputs)
         inputs = self.dropout(inputs)

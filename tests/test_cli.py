@@ -95,7 +95,16 @@ def test_a_tracked_training_is_in_mlflow(demo_arguments, tmp_path, monkeypatch, 
     assert run.data.metrics["test/click/auc"] == pytest.approx(figures["click/auc"])
     assert [metric.step for metric in client.get_metric_history(run.info.run_id, "train/click/loss")] == [5, 10]
     kept = {artifact.path for artifact in client.list_artifacts(run.info.run_id)}
-    assert kept == {"config.yaml", "dataset.json", "metrics.json", "report.html", "statistics.json", "features.json", "model"}
+    assert kept == {
+        "config.yaml",
+        "dataset.json",
+        "sharding.json",
+        "metrics.json",
+        "report.html",
+        "statistics.json",
+        "features.json",
+        "model",
+    }
 
 
 def rewrite(ads: Path, folder: Path, change) -> str:

@@ -129,6 +129,7 @@ def test_bare_names_at_any_depth(control):
         compose(control, ["launch=rai"])
     with pytest.raises(Problems, match=r"data.train: expected the keys of WindowConfig. Received: 'all'"):
         compose(control, ["data.train=all"])
+    assert compose(control, ["data.test.start=2026-01-05", "data.test=null"]).data.test is None
 
 
 def test_an_optimizer_without_a_kind_is_adamw_and_another_kind_starts_afresh(control):

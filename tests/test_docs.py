@@ -29,6 +29,7 @@ DOCUMENTS = [README, *sorted((ROOT / "docs").rglob("*.md"))]
 EVERY_DOCUMENT = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+SHOWN = re.compile(r"^```python\n((?:(?!```)[^\n]*\n)*)```\n\n```text\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FILE_NAME = re.compile(r"# (\S+\.(?:py|yaml))\n")
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 DEFINED_IN = re.compile(r"`(\w+)` in \[[^\]]*\]\(([^)]+\.py)\)")
@@ -138,10 +139,14 @@ def test_configs_compose(document: Path) -> None:
 
 @EVERY_DOCUMENT
 @pytest.mark.usefixtures("at_the_document")
-def test_code_runs(document: Path) -> None:
+def test_code_runs(document: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A block of text right after it is what it prints."""
+    shown = dict(SHOWN.findall(document.read_text()))
     for language, name, text in blocks(document):
         if language == "python" and not name:
+            capsys.readouterr()
             exec(compile(text, document.name, "exec"), {})
+            assert shown.get(text) in (None, capsys.readouterr().out)
 
 
 @EVERY_DOCUMENT

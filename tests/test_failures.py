@@ -157,6 +157,9 @@ def test_a_full_disk_costs_checkpoints_and_the_training_goes_on_when_there_is_ro
     process = start(demo_arguments(*settings, output="small disk/run"))
     output = small_disk / "run"
     wait_for_step(process, output, 15)
+    while not list_checkpoints(output / "checkpoints"):
+        assert process.poll() is None, process.stderr.read().decode()
+        time.sleep(0.002)
     filler = fill(small_disk)
     _, errors = process.communicate()
     assert process.returncode == FAILED, errors.decode()

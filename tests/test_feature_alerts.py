@@ -6,9 +6,10 @@ import pytest
 
 from mlenv.config import ChecksConfig, Limits
 from mlenv.feature_alerts import Measured, find_alerts
-from mlenv.feature_catalogue import Catalogue, ModelVersion, Run
+from mlenv.feature_catalogue import Catalogue, Run
 from mlenv.feature_record import FeatureDay, FeatureRecord
 from mlenv.feature_text import alerts_text
+from mlenv.registry import ModelVersion
 from mlenv.schema import Label, Numeric, Schema
 
 SCHEMA = Schema(features={"price": Numeric(owner="pricing"), "age": Numeric(core=True)}, labels={"click": Label()})

@@ -18,9 +18,10 @@ from playwright.sync_api import Page, sync_playwright
 
 from mlenv.config import ChecksConfig
 from mlenv.errors import MlenvError
-from mlenv.feature_catalogue import Catalogue, CatalogueReader, ModelVersion, Run
+from mlenv.feature_catalogue import Catalogue, CatalogueReader, Run
 from mlenv.feature_pages import link, make_app, render_feature, render_list, serve
 from mlenv.feature_record import FeatureDay, FeatureRecord
+from mlenv.registry import ModelVersion
 from mlenv.schema import Categorical, Label, Numeric, Schema, Table
 
 BROWSER_FLAGS = [

@@ -100,13 +100,24 @@ def test_imports_only_from_below(source: Path) -> None:
 
 @pytest.mark.parametrize("arguments", [("-c", "import mlenv"), ("-m", "mlenv", "--help")], ids=" ".join)
 def test_start_is_light(arguments: tuple[str, ...]) -> None:
+    loaded = {module.split(".")[0] for module in modules_loaded_by(*arguments)}
+    assert "mlenv" in loaded
+    assert not loaded & HEAVY
+
+
+def test_a_dry_run_loads_torch_and_little_else() -> None:
+    loaded = modules_loaded_by("-c", "import mlenv.dry_run")
+    assert "torch" in loaded
+    heavy = (HEAVY - {"torch"}) | {"torchmetrics", "torch.distributed.checkpoint", "torch._dynamo"}
+    assert not loaded & heavy
+
+
+def modules_loaded_by(*arguments: str) -> set[str]:
     command = [sys.executable, "-X", "importtime", *arguments]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert process.returncode == 0, process.stderr.splitlines()[-1]
     lines = [line for line in process.stderr.splitlines() if line.startswith("import time:")]
-    loaded = {line.rsplit("|", 1)[1].strip().split(".")[0] for line in lines}
-    assert "mlenv" in loaded
-    assert not loaded & HEAVY
+    return {line.rsplit("|", 1)[1].strip() for line in lines}
 
 
 def test_files_have_telling_names() -> None:

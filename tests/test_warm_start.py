@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from mlenv.cli import DONE, WRONG_INPUT, main
 from mlenv.errors import CheckpointError, ConfigError
 from mlenv.loops.checkpoint import add_document, list_checkpoints
 from mlenv.schema import Table
-from mlenv.warm_start import WARM_START, Rows, same_rows
+from mlenv.warm_start import WARM_START, Rows, fill_rows, same_rows
 from tests.conftest import ROOT
 
 SHORT = ("loop.max_steps=6", "loop.learning_rate_decay=none", "loop.checkpoint_every_steps=3")
@@ -116,6 +117,27 @@ def test_a_training_goes_on_only_with_the_checkpoint_that_it_began_with(trained,
     add_document(list_checkpoints(trained / "checkpoints")[-1], "more.json", "{}")
     with pytest.raises(CheckpointError, match="warm start: expected the files it was trained with"):
         train(compose(file, [*settings, "loop.max_steps=4"]))
+
+
+def test_a_rank_fills_the_part_of_a_table_that_it_has():
+    class Shards:
+        """A table of 6 rows and 4 columns of which this rank has rows 2 to 3, and the right half of rows 4 to 5."""
+
+        def __init__(self):
+            parts = [(torch.zeros(2, 4), (2, 0)), (torch.zeros(2, 2), (4, 2))]
+            self.shards = [SimpleNamespace(tensor=tensor, metadata=SimpleNamespace(shard_offsets=place)) for tensor, place in parts]
+
+        def local_shards(self):
+            return self.shards
+
+    stored = torch.arange(12.0).reshape(3, 4)
+    table = Shards()
+    fill_rows(table, Rows(torch.tensor([0, 3, 4]), torch.tensor([0, 2, 1])), stored)
+    assert table.shards[0].tensor.tolist() == [[0, 0, 0, 0], [8, 9, 10, 11]]
+    assert table.shards[1].tensor.tolist() == [[6, 7], [0, 0]]
+    sums = torch.zeros(6)
+    fill_rows(sums, Rows(torch.tensor([5]), torch.tensor([1])), torch.tensor([1.0, 2.0, 3.0]))
+    assert sums.tolist() == [0, 0, 0, 0, 0, 2]
 
 
 def rows(found):

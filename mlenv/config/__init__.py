@@ -5,6 +5,7 @@ from mlenv.config.cross_checks import check
 from mlenv.config.data import WORKERS, DataConfig, DaysConfig, WindowConfig, Workers, WorkersConfig, is_day
 from mlenv.config.embeddings import EmbeddingsConfig, TableConfig, TableOptimizer
 from mlenv.config.experiment import CALIBRATORS, CONFIG_FILE, MODELS, CalibratorConfig, ExperimentConfig, ModelConfig
+from mlenv.config.gates import COMPARED, BoundsConfig, GatesConfig
 from mlenv.config.job import JobConfig
 from mlenv.config.launch import LAUNCHERS, Command, LauncherConfig
 from mlenv.config.loop import MONITORS, OPTIMIZERS, LoopConfig, OptimizerConfig
@@ -34,6 +35,7 @@ from mlenv.config.warm_start import WarmStartConfig
 __all__ = [
     "BALANCES",
     "CALIBRATORS",
+    "COMPARED",
     "CONFIG_FILE",
     "EARLY_STOPPING",
     "LAUNCHERS",
@@ -45,6 +47,7 @@ __all__ = [
     "TRANSFORMS",
     "WORKERS",
     "BalanceConfig",
+    "BoundsConfig",
     "CalibratorConfig",
     "ChecksConfig",
     "Command",
@@ -54,6 +57,7 @@ __all__ = [
     "EmbeddingsConfig",
     "ExperimentConfig",
     "Findings",
+    "GatesConfig",
     "HiddenDistillationConfig",
     "JobConfig",
     "LabelTransformConfig",

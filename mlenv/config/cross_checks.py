@@ -11,7 +11,7 @@ from mlenv.config.data import WORKERS, DataConfig
 from mlenv.config.embeddings import EmbeddingsConfig, TableConfig
 from mlenv.config.experiment import CALIBRATORS, ExperimentConfig
 from mlenv.config.loop import MONITORS
-from mlenv.config.objective import ObjectiveConfig
+from mlenv.config.objective import BALANCES, ObjectiveConfig
 from mlenv.config.transforms import TRANSFORMS, LabelTransformConfig, TableTransformConfig, TransformConfig, WindowTransformConfig
 from mlenv.errors import ConfigError, MlenvError, Problems, nearest
 from mlenv.kinds import kind_of
@@ -60,6 +60,7 @@ def _problems(config: ExperimentConfig) -> Iterator[MlenvError]:
     yield from _monitor_problems(config)
     yield from _table_optimizer_problems(config)
     yield from _accumulation_problems(config)
+    yield from _compilation_problems(config)
     if config.embeddings.engine == "torchrec":
         for name, table in schema.tables.items():
             if table.embedding_dim % 4:
@@ -152,7 +153,15 @@ def _table_optimizer_problems(config: ExperimentConfig) -> Iterator[MlenvError]:
             yield ConfigError(
                 f"{key}.sharding", expected="null, because the engine torch copies tables", received=embeddings.engine, fix=fix
             )
+        if embeddings.communication_precision != "fp32":
+            key, expected = "embeddings.communication_precision", "fp32, because the engine torch sends no vectors"
+            yield ConfigError(key, expected=expected, received=embeddings.communication_precision, fix="set embeddings.engine to torchrec")
         return
+    for name in tables:
+        own, key = embeddings.of(name), f"embeddings.tables.{name}.sharding"
+        if own.optimizer == "row_wise_adagrad" and own.sharding == "column_wise":
+            expected = "table_wise or row_wise, because row-wise Adagrad keeps one number per row, which parts of a row cannot share"
+            yield ConfigError(key, expected=expected, received=own.sharding, fix="or give the table the optimizer sgd")
     fix = "set embeddings.engine to torch"
     for key, options in named.items():
         if options.optimizer == "adam":
@@ -178,6 +187,23 @@ def _accumulation_problems(config: ExperimentConfig) -> Iterator[MlenvError]:
         fix = "raise data.batch_size instead"
         received = config.loop.accumulate_batches
         yield ConfigError("loop.accumulate_batches", expected=f"1, because {reason}", received=received, fix=fix)
+
+
+def _compilation_problems(config: ExperimentConfig) -> Iterator[MlenvError]:
+    """What a compiled part of the model cannot do."""
+    mode, objective = config.loop.compile, config.objective
+    watched = {
+        "objective.distillation.hidden": objective.distillation is not None and objective.distillation.hidden is not None,
+        "objective.balance": objective.balance is not None and kind_of(objective.balance, BALANCES) in ("grad_norm", "pcgrad"),
+    }
+    for key in (key for key, is_watching in watched.items() if is_watching and mode != "none"):
+        expected = f"none, because {key} watches layers from outside, and a compiled model has none"
+        yield ConfigError("loop.compile", expected=expected, received=mode)
+    if mode != "none" and config.loop.strategy == "fsdp":
+        yield ConfigError("loop.compile", expected="none with loop.strategy=fsdp, which gathers each part while it computes", received=mode)
+    if mode == "cuda_graphs" and config.loop.accumulate_batches > 1:
+        expected = "none or kernels with loop.accumulate_batches, because a graph writes each batch's gradients over those before"
+        yield ConfigError("loop.compile", expected=expected, received=mode)
 
 
 def _objective_problems(objective: ObjectiveConfig, schema: Schema) -> Iterator[MlenvError]:

@@ -9,6 +9,8 @@ from typing import Literal
 from mlenv.errors import ConfigError, check_above, check_at_least, placed_under
 
 TableOptimizer = Literal["row_wise_adagrad", "adam", "sgd"]
+Sharding = Literal["table_wise", "row_wise", "column_wise"]
+"""Each table whole on one process; its rows divided over all; its columns divided over all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +25,7 @@ class TableConfig:
     """See ``embeddings.eps``; sgd takes none."""
     weight_decay: float | None = None
     """See ``embeddings.weight_decay``; 0 spares the table where others have a penalty."""
-    sharding: Literal["table_wise", "row_wise", "column_wise"] | None = None
+    sharding: Sharding | None = None
     """How the engine torchrec divides the table over processes; null leaves it to TorchRec's planner."""
 
     def __post_init__(self) -> None:
@@ -51,8 +53,11 @@ class EmbeddingsConfig:
     """Added to the root of the accumulator, or of Adam's second moment; sgd has none."""
     weight_decay: float = 0.0
     """L2 penalty: this times a row is added to its gradient; of the rows that a step looks up, under adam of all rows; sgd has none."""
-    sharding: Literal["table_wise", "row_wise", "column_wise"] | None = None
-    """How the engine torchrec divides tables over processes; null leaves it to TorchRec's planner."""
+    sharding: Sharding | None = None
+    """How the engine torchrec divides tables over processes; null leaves it to TorchRec's planner. column_wise wants sgd."""
+    communication_precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """In what the engine torchrec sends vectors between processes; tables stay float32. Their gradients go in bf16 under either of the
+    others, but on a CPU, which sends no bf16, in fp32."""
     tables: dict[str, TableConfig] = field(default_factory=dict)
     """What is different for a table, by its name in ``schema.tables``."""
 

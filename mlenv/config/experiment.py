@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 from mlenv.config.checks import ChecksConfig
 from mlenv.config.data import DataConfig
 from mlenv.config.embeddings import EmbeddingsConfig
+from mlenv.config.gates import GatesConfig
 from mlenv.config.job import JobConfig
 from mlenv.config.launch import LAUNCHERS, LauncherConfig, torchrun
 from mlenv.config.loop import OPTIMIZERS, LoopConfig, OptimizerConfig, adamw
@@ -99,6 +100,8 @@ class ExperimentConfig:
     job: JobConfig = JobConfig()
     """The machines, where a scheduler starts the training."""
     checks: ChecksConfig = ChecksConfig()
+    gates: GatesConfig = GatesConfig()
+    """What the model is held to before it becomes champion, where ``mlenv promote`` is not told otherwise."""
     tracking: TrackingConfig = TrackingConfig()
     seed: int = 0
     """Of initial weights, row order and dropout."""

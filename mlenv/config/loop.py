@@ -86,8 +86,22 @@ class LoopConfig:
     them. A URL that fsspec has a driver for; empty copies nothing."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU where there is one."""
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    """How several processes train all that TorchRec does not shard: ddp, which auto takes, copies it to each; fsdp divides weights,
+    gradients and optimizer states, for dense parts too large for that. One process trains the same with any of them."""
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     """bf16-mixed computes the dense part in bfloat16 and keeps float32 weights."""
+    compile: Literal["none", "kernels", "cuda_graphs"] = "none"
+    """What becomes of the model behind its embeddings in training steps. kernels: torch.compile makes fused kernels of it, once,
+    for full batches. cuda_graphs: a GPU also replays them without the host's starting each. It is tried before the first step, and
+    what cannot be compiled stays as it is, with a warning."""
+    read_ahead: bool | None = None
+    """Whether batches are sent to the device, and their ids to the processes that hold the rows, while the step before computes; null
+    does so on a GPU. The numbers are the same."""
+    profile_steps: int = 0
+    """Steps of which a trace and a page about them are written to the output folder, after ten that are not looked at; 0 for none."""
+    peak_tflops: float | None = None
+    """Of the device at best, for ``train/model_flops_utilization``; null takes that of well-known GPUs."""
     on_bad_loss: Literal["stop", "skip"] = "stop"
     """What becomes of a step whose loss is no number or above ``max_loss``; either way the model does not learn from it, and the step is
     kept in the output folder. skip goes on with the next batch."""
@@ -112,6 +126,7 @@ class LoopConfig:
             ("keep_every_steps", 0),
             ("max_skipped_steps", 0),
             ("hang_timeout_seconds", 0),
+            ("profile_steps", 0),
         ):
             check_at_least(name, getattr(self, name), least)
         if not 0 <= self.ema_decay < 1:
@@ -124,6 +139,8 @@ class LoopConfig:
         if 0 < self.max_steps <= self.warmup_steps:
             fix = "shorten the warm-up, or train longer"
             raise ConfigError("warmup_steps", expected=f"fewer than max_steps, {self.max_steps}", received=self.warmup_steps, fix=fix)
+        if self.peak_tflops is not None:
+            check_above("peak_tflops", self.peak_tflops, 0)
         if self.keep_every_steps % self.checkpoint_every_steps:
             expected = f"a multiple of checkpoint_every_steps, {self.checkpoint_every_steps}"
             raise ConfigError("keep_every_steps", expected=expected, received=self.keep_every_steps)

@@ -29,7 +29,7 @@ from mlenv.loops.checkpoint import (
 from mlenv.loops.checkpoint_store import CheckpointStore, StoreError
 from mlenv.loops.fit import Progress
 from mlenv.loops.stop_signals import StopSignals
-from mlenv.loops.training_run import PROGRESS, RunOptions, TrainingRun
+from mlenv.loops.training_run import PROGRESS, RunOptions, TrainingRun, newest_to_go_on_from
 
 
 class Flaky(LocalFileSystem):
@@ -163,8 +163,10 @@ def test_a_copy_that_is_cut_is_no_checkpoint_and_is_made_whole_by_the_next(flaky
             with pytest.raises(StoreError, match="Access Denied"):
                 flaky.put(folder)
         assert flaky.names("checkpoints") == ["step-00000001"]
+    (tmp_path / "there" / "checkpoints" / "step-00000002" / "shard-00002.safetensors").touch()  # of a process that there is no more
     before = Flaky.puts
     flaky.put(folder)
+    assert len(list((tmp_path / "there" / "checkpoints" / "step-00000002").iterdir())) == num_files
     assert flaky.names("checkpoints") == ["step-00000001", "step-00000002"]
     assert Flaky.puts == before + num_files
 
@@ -183,6 +185,7 @@ def run_of(output, store, values, newest=1):
     run = TrainingRun(
         output,
         options,
+        find=lambda: newest_to_go_on_from(output, store, lambda path, text: None),
         state=lambda: {"weight": torch.zeros(1)},
         begin=lambda: None,
         check=lambda path, text: None,

@@ -15,7 +15,7 @@ from mlenv.loops.fit import Progress
 from mlenv.loops.journal import Journal
 from mlenv.loops.stop_signals import StopSignals
 from mlenv.loops.train_step import StepOutput
-from mlenv.loops.training_run import PROGRESS, RunOptions, TrainingRun
+from mlenv.loops.training_run import PROGRESS, RunOptions, TrainingRun, newest_to_go_on_from
 
 
 def run_of(folder, values, monitor="click/auc"):
@@ -32,6 +32,7 @@ def run_of(folder, values, monitor="click/auc"):
     run = TrainingRun(
         folder,
         options,
+        find=lambda: newest_to_go_on_from(folder, None, lambda path, text: None),
         state=lambda: {"weight": torch.zeros(1)},
         begin=lambda: None,
         check=lambda path, text: None,

@@ -23,6 +23,20 @@ def test_sums_the_products_of_all_pairs(field_dims):
     assert (scalar.output_dim, vector.output_dim) == (1, 3)
 
 
+@pytest.mark.parametrize("output", ["scalar", "vector"])
+def test_the_gradient_is_that_of_the_sum_of_the_products(output):
+    torch.manual_seed(0)
+    machine = FactorizationMachineConfig(token_dim=3, output=output).build((3, 1, 3, 2)).double()
+    inputs = torch.randn(5, 9, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(machine, inputs)
+    assert torch.autograd.gradgradcheck(machine, inputs)
+    pairs = sum(first * second for first, second in combinations(machine.tokens(inputs).unbind(1), 2))
+    expected = pairs if output == "vector" else machine.first_order(inputs) + pairs.sum(1, keepdim=True)
+    (slow,) = torch.autograd.grad(expected.square().sum(), inputs)
+    (gradient,) = torch.autograd.grad(machine(inputs).square().sum(), inputs)
+    torch.testing.assert_close(gradient, slow)
+
+
 def test_by_hand():
     machine = FactorizationMachineConfig(token_dim=2).build((2, 2, 2))
     torch.nn.init.ones_(machine.first_order.weight)
