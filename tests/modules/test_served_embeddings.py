@@ -26,10 +26,9 @@ IDS = {"single": [[3], [], [5]], "bag": [[1, 2], [], [4]], "weights": [[], [6, 7
 
 def sparse(fill_single: bool) -> SparseFeatures:
     bags = [IDS[name] for name in KEYS]
-    values = [
-        [id_ for bag in of_key for id_ in (bag or ([0] if fill_single and name == "single" else []))]
-        for name, of_key in zip(KEYS, bags, strict=True)
-    ]
+    values = [[id_ for bag in of_key for id_ in bag] for of_key in bags]
+    if fill_single:
+        values[KEYS.index("single")] = [3, 0, 5]
     lengths = torch.tensor([len(bag) for of_key in bags for bag in of_key], dtype=torch.int32)
     flat = torch.tensor([id_ for of_key in values for id_ in of_key])
     weights = torch.ones(len(flat))
