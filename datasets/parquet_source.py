@@ -34,6 +34,9 @@ logger = logging.getLogger(__name__)
 
 _Result = TypeVar("_Result")
 
+WHOLE = -1
+"""End of a piece that takes in all rows of a window."""
+
 
 class NoFilesError(DataError):
     """A window has no files, or none yet."""
@@ -295,7 +298,11 @@ class ParquetSource:
     def _planned(self, epoch: int) -> Iterator[tuple[Piece, list[RowGroup]]]:
         """What this rank gets of an epoch, with the row groups of it."""
         windows: dict[tuple[int, int, int], list[list[RowGroup]]] = {}
-        for piece in self._pieces(epoch):
+        if epoch != self.division.epoch:  # whole windows: how many rows the transforms leave of them need not be known
+            for window, groups in enumerate(self._windows(epoch, self._rank, self._world_size)):
+                yield Piece(epoch, window, self._rank, self._world_size, 0, WHOLE), groups
+            return
+        for piece in self.division.pieces[self._rank]:
             key = piece.epoch, piece.rank, piece.world_size
             if key not in windows:
                 windows[key] = self._windows(*key)
@@ -323,7 +330,7 @@ class ParquetSource:
         if self._shuffle:
             generator = np.random.default_rng([self._seed, piece.epoch, piece.window, piece.rank])
             rows = rows.take(generator.permutation(len(rows)) if rows.requests is None else _shuffled_requests(rows.requests, generator))
-        return epoch, window, rows if piece.last - piece.first == len(rows) else rows.rows(piece.first, piece.last)
+        return epoch, window, rows if (piece.first, piece.last) in ((0, WHOLE), (0, len(rows))) else rows.rows(piece.first, piece.last)
 
     def _encode_group(self, group: RowGroup) -> EncodedRows:
         rows, kept = self._rows(group, self._plan)
