@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -15,42 +14,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mlenv.batch import Batch, Extra
+from mlenv.batch import Batch
 from mlenv.bootstrap import Ints, TaskRows
-from mlenv.config import CALIBRATORS, CalibratorConfig, ChecksConfig, DataConfig, GatesConfig, LoopConfig, WindowConfig
+from mlenv.config import GatesConfig
 from mlenv.datasets.parquet_source import ParquetSource
 from mlenv.errors import ConfigError, DataError
 from mlenv.gates import Cost, Loss, PairedRows, SegmentColumn
-from mlenv.kinds import kind_field
-from mlenv.loops.calibration import CALIBRATORS_FILE, calibrators_from_json, predictions_from
-from mlenv.loops.checkpoint import read_document, verify
 from mlenv.loops.metrics import BinaryMetrics
 from mlenv.missing_features import MissingFeatures, feature_groups
 from mlenv.schema import Schema
-from mlenv.stored_model import ModelSections, build_stored_model, read_sections
+from mlenv.stored_scorer import StoredScorer
 
 _REPEATS: Final = 7
 _NO_REQUEST: Final = "__request"
 _PLACES: Final = ("__challenger", "__champion")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScoringSections:
-    """What of a checkpoint's config says how rows are read for its model, and what they are held to."""
-
-    data: DataConfig
-    calibration: dict[str, CalibratorConfig] = kind_field(CALIBRATORS, default_factory=dict)
-    loop: LoopConfig = LoopConfig()
-    checks: ChecksConfig = ChecksConfig()
-    gates: GatesConfig = GatesConfig()
-
-
-@dataclass(frozen=True, kw_only=True)
-class HeldOut:
-    """The rows that models are compared on."""
-
-    path: str
-    window: WindowConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,79 +47,31 @@ class Scored:
     """Some of the rows, to take the time of."""
 
 
-class StoredScorer:
-    """A checkpoint that gives predictions, read and calibrated as it was when it was trained.
-
-    Raises:
-        CheckpointError: it is damaged.
-        Problems: its config is of another version of mlenv.
-    """
-
-    def __init__(self, checkpoint: Path) -> None:
-        verify(checkpoint)
-        self.sections = read_sections(checkpoint, ScoringSections)
-        model = read_sections(checkpoint, ModelSections)
-        self.schema: Schema = model.schema
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._model = build_stored_model(checkpoint, model, self._device)
-        text = read_document(checkpoint, CALIBRATORS_FILE)
-        place = f"{checkpoint}, {CALIBRATORS_FILE}"
-        self._calibrators = {} if text is None else calibrators_from_json(text, self.sections.calibration, place)
-        precision = self.sections.loop.precision
-        self._autocast = torch.autocast(self._device.type, torch.bfloat16, enabled=precision == "bf16-mixed")
-
-    @property
-    def num_bytes(self) -> int:
-        """Of parameters and buffers."""
-        tensors = [*self._model.parameters(), *self._model.buffers()]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-    def source(self, rows: HeldOut, passed_through: Schema | None = None) -> ParquetSource:
-        """The rows as this model reads them.
-
-        Args:
-            passed_through: whose row key, request and segments the rows carry, beside this model's own segments.
-        """
-        schema = self.schema
-        if passed_through is not None:
-            segments = tuple(dict.fromkeys([*passed_through.segments, *schema.segments]))
-            schema = replace(schema, row_key=passed_through.row_key, request=passed_through.request, segments=segments)
-        data = replace(self.sections.data, path=rows.path, allow_missing_days=True)
-        extras: tuple[Extra, ...] = ("metadata",)
-        return ParquetSource(data, rows.window, schema, extras=extras)
-
-    @torch.no_grad()
-    def __call__(self, batch: Batch) -> Tensor:
-        """Predictions ``(batch, tasks)`` float32, on the host."""
-        with self._autocast:
-            logits = self._model(batch.to(self._device)).float()
-        return predictions_from(logits, batch.metadata, self.schema.tasks, self._calibrators).cpu()
-
-    def score(self, source: ParquetSource, gates: GatesConfig) -> Scored:
-        """Scores all rows; the first ones also without features, those of an entity together and each core feature."""
-        tasks = self.schema.tasks
-        metrics = BinaryMetrics(tasks, source.schema.segments, source.schema.request)
-        missing = _MissingMetrics(self, gates)
-        example, metadata, parts = None, [], []
-        for batch in source.batches():
-            predictions = self(batch)
-            metrics.update(predictions, batch.labels, batch.weights, batch.metadata)
-            missing.update(batch, predictions)
-            example = example or batch
-            metadata.append(batch.metadata)
-            parts.append((batch.labels, batch.weights, predictions))
-        if example is None:
-            raise source.nothing_left()
-        labels, weights, scored = (torch.cat(tensors).double().numpy() for tensors in zip(*parts, strict=True))
-        return Scored(
-            metadata=pa.Table.from_batches(metadata),
-            labels=labels,
-            weights=weights,
-            predictions=scored,
-            metrics=metrics.compute(),
-            without=missing.compute(),
-            example=example,
-        )
+def score(scorer: StoredScorer, source: ParquetSource, gates: GatesConfig) -> Scored:
+    """Scores all rows; the first ones also without features, those of an entity together and each core feature."""
+    tasks = scorer.schema.tasks
+    metrics = BinaryMetrics(tasks, source.schema.segments, source.schema.request)
+    missing = _MissingMetrics(scorer, gates)
+    example, metadata, parts = None, [], []
+    for batch in source.batches():
+        predictions = scorer(batch)
+        metrics.update(predictions, batch.labels, batch.weights, batch.metadata)
+        missing.update(batch, predictions)
+        example = example or batch
+        metadata.append(batch.metadata)
+        parts.append((batch.labels, batch.weights, predictions))
+    if example is None:
+        raise source.nothing_left()
+    labels, weights, scored = (torch.cat(tensors).double().numpy() for tensors in zip(*parts, strict=True))
+    return Scored(
+        metadata=pa.Table.from_batches(metadata),
+        labels=labels,
+        weights=weights,
+        predictions=scored,
+        metrics=metrics.compute(),
+        without=missing.compute(),
+        example=example,
+    )
 
 
 class _MissingMetrics:

@@ -33,10 +33,10 @@ from mlenv.gates import (
 )
 from mlenv.mlflow_store import asking
 from mlenv.page import write_whole
-from mlenv.paired_scoring import HeldOut, Scored, StoredScorer, check_row_key, measure_costs, missing_losses, pair
+from mlenv.paired_scoring import Scored, check_row_key, measure_costs, missing_losses, pair, score
 from mlenv.promotion_page import PromotionPage, render_promotion
 from mlenv.registry import CHALLENGER, CHAMPION, PREVIOUS, ModelVersion, Move, MoveKind, Registry
-from mlenv.stored_model import find_checkpoint
+from mlenv.stored_scorer import HeldOut, StoredScorer, open_scorer
 from mlenv.validation import check_baseline, validate_statistics, window_statistics
 
 logger = logging.getLogger(__name__)
@@ -178,7 +178,7 @@ def _judge(
     registry: Registry, challenger: ModelVersion, champion: ModelVersion | None, wanted: GatesConfig | None, data: ExperimentConfig | None
 ) -> Judged:
     versions = [one for one in (challenger, champion) if one is not None]
-    scorers = [_load(registry, one) for one in versions]
+    scorers = [open_scorer(f"models:/{one.name}/{one.version}", registry.uri, str(one)) for one in versions]
     first, second = scorers[0], scorers[1] if champion is not None else None
     check_row_key(first.schema, str(challenger))
     gates, rows = wanted or first.sections.gates, _held_out(first, challenger, data)
@@ -190,7 +190,7 @@ def _judge(
             opened.callback(source.close)
         for one, scorer, source in zip(versions, scorers, sources, strict=True):
             logger.info("scoring %s rows of %s with %s", f"{source.num_stored_rows:,}", rows.path, one)
-            scored.append(scorer.score(source, gates))
+            scored.append(score(scorer, source, gates))
     other = scored[1] if second is not None else None
     paired = pair(scored[0], other, first.schema, second.schema.tasks if second is not None else (), gates.common_rows)
     figures = measure(paired, gates)
@@ -212,12 +212,6 @@ def _judge(
         num_requests=max(task.num_requests for task in tasks),
         rows=rows,
     )
-
-
-def _load(registry: Registry, version: ModelVersion) -> StoredScorer:
-    with tempfile.TemporaryDirectory() as folder:
-        name = f"models:/{version.name}/{version.version}"
-        return StoredScorer(find_checkpoint(name, registry.uri, str(version), Path(folder)))
 
 
 def _held_out(challenger: StoredScorer, version: ModelVersion, data: ExperimentConfig | None) -> HeldOut:

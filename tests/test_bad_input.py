@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mlenv.cli import DONE, GATE, WRONG_INPUT, main
+from mlenv.cli import main
+from mlenv.errors import DONE, GATE, WRONG_INPUT
 
 CONFIG = """
 name: small

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from mlenv.cli import DONE
+from mlenv.errors import DONE
 from mlenv.loops.checkpoint import list_checkpoints
 from mlenv.loops.journal import Journal
 from tests.test_experiment import assert_identical

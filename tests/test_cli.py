@@ -13,9 +13,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from mlenv.cli import DONE, FAILED, GATE, WRONG_INPUT, main
+from mlenv.cli import main
 from mlenv.composition import compose
-from mlenv.errors import MlenvError, require
+from mlenv.errors import DONE, FAILED, GATE, WRONG_INPUT, MlenvError, require
 
 
 @pytest.fixture

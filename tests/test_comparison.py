@@ -6,12 +6,12 @@ import json
 
 import pytest
 
-from mlenv.cli import DONE, WRONG_INPUT, main
+from mlenv.cli import main
 from mlenv.comparison import compare
 from mlenv.config import WindowConfig
 from mlenv.dataset_record import DatasetRecord, WindowRecord
 from mlenv.datasets.stored_files import StoredFile
-from mlenv.errors import DataError
+from mlenv.errors import DONE, WRONG_INPUT, DataError
 
 
 def write_run(folder, seed, auc, test_file="date=2026-01-03/part-0.parquet"):

@@ -15,9 +15,9 @@ import pytest
 import xxhash
 
 from mlenv import compose, train
-from mlenv.cli import DONE, GATE, WRONG_INPUT, main
+from mlenv.cli import main
 from mlenv.dataset_record import changes_since, differences, mlflow_inputs, read_dataset_record
-from mlenv.errors import CheckpointError, DataError
+from mlenv.errors import DONE, GATE, WRONG_INPUT, CheckpointError, DataError
 
 SHORT = ["loop.max_steps=2", "loop.learning_rate_decay=none"]
 PARTS = [f"date=2026-01-0{day}/part-00000.parquet" for day in (1, 2, 3)]

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlenv.cli import DONE, main
+from mlenv.cli import main
 from mlenv.composition import compose
+from mlenv.errors import DONE
 from mlenv.training import train
 
 ROOT = Path(__file__).parent.parent

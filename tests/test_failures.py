@@ -21,8 +21,7 @@ import torch
 from mlflow import MlflowClient
 
 from mlenv import Experiment, compose, evaluate, train
-from mlenv.cli import DONE, FAILED, STOPPED
-from mlenv.errors import StoppedError
+from mlenv.errors import DONE, FAILED, STOPPED, StoppedError
 from mlenv.loops.checkpoint import list_checkpoints
 from mlenv.training import evaluate_and_report
 from tests.test_experiment import assert_identical

@@ -11,9 +11,9 @@ import pytest
 import yaml
 from jsonschema import Draft202012Validator
 
-from mlenv.cli import DONE, FAILED, GATE, STOPPED, WRONG_INPUT, main
+from mlenv.cli import main
 from mlenv.composition import compose
-from mlenv.errors import Problems
+from mlenv.errors import DONE, FAILED, GATE, STOPPED, WRONG_INPUT, Problems
 from mlenv.job_manifests import render
 from mlenv.job_submit import check_job
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import requests
 
-from mlenv.cli import DONE, FAILED, WRONG_INPUT
+from mlenv.errors import DONE, FAILED, WRONG_INPUT
 from mlenv.loops.checkpoint import list_checkpoints
 
 pytestmark = pytest.mark.slow

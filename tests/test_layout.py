@@ -19,7 +19,7 @@ LEVELS = {
     **dict.fromkeys(("batch", "transforms", "statistics"), 1),
     **dict.fromkeys(("modules", "datasets"), 2),
     "loops": 3,
-    **dict.fromkeys(("__init__", "__main__", "cli"), 5),
+    **dict.fromkeys(("__init__", "__main__", "cli", "commands"), 5),
 }
 """Parts of mlenv from low to high. A part imports from lower levels and its own; modules and datasets never see each other."""
 SERVICES = 4

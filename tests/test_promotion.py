@@ -18,8 +18,8 @@ import yaml
 from mlflow import MlflowClient
 
 from mlenv import compose, promotion, train
-from mlenv.cli import DONE, GATE, WRONG_INPUT, main
-from mlenv.errors import ConfigError
+from mlenv.cli import main
+from mlenv.errors import DONE, GATE, WRONG_INPUT, ConfigError
 from mlenv.paired_scoring import check_row_key
 from mlenv.promotion import PAGE, VERDICT
 from mlenv.registry import CHALLENGER, CHAMPION, PREVIOUS, Registry

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from mlenv.cli import WRONG_INPUT, main
+from mlenv.cli import main
 from mlenv.composition import compose
 from mlenv.config import Command
-from mlenv.errors import ConfigError, Problems
+from mlenv.errors import WRONG_INPUT, ConfigError, Problems
 from mlenv.ray_launch import RayLauncherConfig, _check_room, _num_cpus, _token_beside, _work
 
 

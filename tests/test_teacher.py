@@ -15,9 +15,9 @@ import yaml
 from mlflow import MlflowClient
 
 from mlenv import Experiment, compose, train
-from mlenv.cli import DONE, WRONG_INPUT, main
+from mlenv.cli import main
 from mlenv.config import DistillationConfig, HiddenDistillationConfig
-from mlenv.errors import ConfigError
+from mlenv.errors import DONE, WRONG_INPUT, ConfigError
 from mlenv.loops.checkpoint import list_checkpoints
 from mlenv.loops.evaluate import score
 from mlenv.loops.journal import Journal

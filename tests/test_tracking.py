@@ -22,8 +22,8 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from mlenv import tracking
-from mlenv.cli import DONE, WRONG_INPUT, main
-from mlenv.errors import DataError, MlenvError
+from mlenv.cli import main
+from mlenv.errors import DONE, WRONG_INPUT, DataError, MlenvError
 from mlenv.loops.journal import JOURNAL_FILE, Journal
 from mlenv.tracking import MlflowTracker, run_tags, send_pending
 

@@ -15,11 +15,11 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from mlenv.cli import DONE, STOPPED, main
+from mlenv.cli import main
 from mlenv.comparison import compare
 from mlenv.composition import compose
 from mlenv.config import ResourcesConfig
-from mlenv.errors import ConfigError
+from mlenv.errors import DONE, STOPPED, ConfigError
 from mlenv.loops.journal import Journal
 from mlenv.tuning import tune
 

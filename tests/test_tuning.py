@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from mlenv.cli import DONE, WRONG_INPUT, main
+from mlenv.cli import main
 from mlenv.composition import compose
 from mlenv.config.tuning import LogUniform, Uniform
-from mlenv.errors import ConfigError, Problems
+from mlenv.errors import DONE, WRONG_INPUT, ConfigError, Problems
 from mlenv.tuning import check_search, compose_tuning, trial_overrides, tune, values_text
 
 RATE = {"kind": "log_uniform", "low": 1e-4, "high": 1e-2}

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from mlenv import Experiment, compose, train
-from mlenv.cli import DONE, WRONG_INPUT, main
-from mlenv.errors import CheckpointError, ConfigError
+from mlenv.cli import main
+from mlenv.errors import DONE, WRONG_INPUT, CheckpointError, ConfigError
 from mlenv.loops.checkpoint import add_document, list_checkpoints
 from mlenv.schema import Table
 from mlenv.warm_start import WARM_START, Rows, fill_rows, same_rows

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from mlenv.cli import DONE, main
+from mlenv.cli import main
+from mlenv.errors import DONE
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = {"schema", "recipe", "shallow", "deep"}

@@ -7,9 +7,9 @@ import gzip
 import polars as pl
 import pytest
 
-from mlenv.cli import DONE, main
+from mlenv.cli import main
 from mlenv.datasets.frappe import FIELDS, convert_frappe
-from mlenv.errors import DataError
+from mlenv.errors import DONE, DataError
 
 HEADER = ",".join(("label", *FIELDS))
 REST = "5046,5053,5055,5058,5060,5073,5183"
