@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import requests
 
+from mlenv.doctor import Condition, ray_condition
 from mlenv.errors import DONE, FAILED, WRONG_INPUT
 from mlenv.loops.checkpoint import list_checkpoints
 
@@ -59,6 +60,7 @@ def wait_for(url: str, head: subprocess.Popen[bytes]) -> None:
 
 def test_a_training_is_submitted_and_its_end_is_told(cluster, demo_arguments, tmp_path):
     address, env = cluster
+    assert ray_condition(address) == Condition("Ray", "pass", f"{address} answers, and asks for a token")
     file, *settings = demo_arguments("launch=ray", "loop.max_steps=3", "job.env={MLFLOW_NOTE: here}")
     (tmp_path / "repo").mkdir()
     for source in Path(file).parent.glob("*.yaml"):
