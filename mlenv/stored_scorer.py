@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from mlenv.loops.calibration import CALIBRATORS_FILE, Calibrator, calibrators_fr
 from mlenv.loops.checkpoint import read_document, verify
 from mlenv.mlflow_store import store_uri
 from mlenv.schema import Schema
-from mlenv.stored_model import ModelSections, build_stored_model, find_checkpoint, read_sections
+from mlenv.stored_model import ModelSections, build_stored_model, find_checkpoint, fingerprint_of, read_sections
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,8 @@ class ScoringSections:
     """What of a checkpoint's config says how rows are read for its model, and what they are held to."""
 
     data: DataConfig
+    name: str = ""
+    """Of the experiment."""
     calibration: dict[str, CalibratorConfig] = kind_field(CALIBRATORS, default_factory=dict)
     loop: LoopConfig = LoopConfig()
     checks: ChecksConfig = ChecksConfig()
@@ -53,6 +56,7 @@ class StoredScorer:
         self.sections = read_sections(checkpoint, ScoringSections)
         model = read_sections(checkpoint, ModelSections)
         self.schema: Schema = model.schema
+        self.fingerprint = fingerprint_of(checkpoint)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model: nn.Module = build_stored_model(checkpoint, model, self.device)
         text = read_document(checkpoint, CALIBRATORS_FILE)
@@ -66,6 +70,11 @@ class StoredScorer:
         """Of parameters and buffers."""
         tensors = [*self.model.parameters(), *self.model.buffers()]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def replica(self) -> StoredScorer:
+        """Another one over the same weights, for another thread: a model may keep what it computes on the way in itself."""
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        return deepcopy(self, {id(shared): shared for shared in (*tensors, self.schema, self.sections)})
 
     def source(self, rows: HeldOut, passed_through: Schema | None = None) -> ParquetSource:
         """The rows as this model reads them.
