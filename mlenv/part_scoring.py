@@ -131,13 +131,14 @@ class PartScorer:
         batch = rows.combine_chunks().to_batches()[0]
         scored, metrics = {}, {}
         for name, scorer in self.scorers.items():
-            schema, tasks = scorer.schema, scorer.schema.tasks
-            predictions = [batch.column(f"prediction_{task}{self._ends[name]}") for task in tasks]
-            scored[name] = len(batch) - predictions[0].null_count
+            schema, tasks, end = scorer.schema, scorer.schema.tasks, self._ends[name]
+            predictions = batch.column(f"prediction_{tasks[0]}{end}")
+            own = batch.filter(predictions.is_valid()) if predictions.null_count else batch
+            scored[name] = len(own)
             metrics[name] = BinaryMetrics(tasks, schema.segments, schema.request)
             if self.has_labels:
-                labels, weights = ([batch.column(f"{kind}_{task}{self._ends[name]}") for task in tasks] for kind in ("label", "weight"))
-                metrics[name].update(_stacked(predictions), _stacked(labels), _stacked(weights), batch)
+                columns = (_stacked([own.column(f"{kind}_{task}{end}") for task in tasks]) for kind in ("prediction", "label", "weight"))
+                metrics[name].update(*columns, own)
         return Tally(len(batch), scored, hash_rows([batch.column(name) for name in self.row_key]), metrics)
 
     def _model_columns(self, names: Sequence[str], logged: LoggedRows) -> dict[str, pa.Array]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from mlenv.datasets.ray_cluster import connect
+from mlenv.datasets.ray_workers import RayConfig
 from mlenv.datasets.workers import in_order
 from mlenv.errors import TrainingError
 from mlenv.part_scoring import Part, PartScorer, ScoredPart
@@ -56,15 +56,18 @@ def in_actors(scorer: PartScorer, parts: Iterable[Part], num_actors: int, addres
         ConfigError: no cluster answers at the address.
         TrainingError: an actor died time and again.
     """
-    ray = connect(address, "--ray", num_cpus=num_actors)
+    cluster = RayConfig(num_workers=num_actors, address=address).build()
+    ray, started = cluster.connect("--ray"), []
     try:
         stored = [ray.put(scorer)]  # in a list, or Ray would unpack it for the call
         num_gpus = int(any(one.device.type == "cuda" for one in scorer.scorers.values()))
         actor = ray.remote(num_cpus=1, num_gpus=num_gpus, max_restarts=MAX_RETRIES, max_task_retries=MAX_RETRIES)(_Actor)
-        actors = _Actors([actor.remote(stored) for _ in range(num_actors)])
-        yield from in_order(parts, _AHEAD * num_actors, actors.submit, _wait, ray.cancel)
+        started = [actor.remote(stored) for _ in range(num_actors)]
+        yield from in_order(parts, _AHEAD * num_actors, _Actors(started).submit, _wait, ray.cancel)
     finally:
-        ray.shutdown()
+        for one in started:
+            ray.kill(one)
+        cluster.close()
 
 
 class _Actor:

@@ -17,9 +17,9 @@ from mlenv.errors import ConfigError
 from mlenv.kinds import kind_field
 from mlenv.loops.calibration import CALIBRATORS_FILE, Calibrator, calibrators_from_json, predictions_from
 from mlenv.loops.checkpoint import read_document, verify
-from mlenv.mlflow_store import store_uri
+from mlenv.mlflow_store import open_store, store_uri
 from mlenv.schema import Schema
-from mlenv.stored_model import ModelSections, build_stored_model, find_checkpoint, fingerprint_of, read_sections
+from mlenv.stored_model import MLFLOW_SCHEMES, ModelSections, build_stored_model, find_checkpoint, fingerprint_of, read_sections
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,8 +106,11 @@ def open_scorer(name: str, tracking_uri: str = "", key: str = "MODEL") -> Stored
 
     Raises:
         ConfigError: there is no such model.
+        DataError: there is no database of tracked runs.
         CheckpointError: it is damaged.
     """
+    if name.startswith(MLFLOW_SCHEMES):
+        open_store(store_uri(tracking_uri))  # where there is none, the look-up would make one
     with tempfile.TemporaryDirectory() as folder:
         return StoredScorer(find_checkpoint(name, store_uri(tracking_uri), key, Path(folder)))
 
