@@ -132,13 +132,14 @@ class PartScorer:
         scored, metrics = {}, {}
         for name, scorer in self.scorers.items():
             schema, tasks, end = scorer.schema, scorer.schema.tasks, self._ends[name]
-            predictions = batch.column(f"prediction_{tasks[0]}{end}")
-            own = batch.filter(predictions.is_valid()) if predictions.null_count else batch
+            first = batch.column(f"prediction_{tasks[0]}{end}")
+            own = batch.filter(first.is_valid()) if first.null_count else batch
             scored[name] = len(own)
             metrics[name] = BinaryMetrics(tasks, schema.segments, schema.request)
             if self.has_labels:
-                columns = (_stacked([own.column(f"{kind}_{task}{end}") for task in tasks]) for kind in ("prediction", "label", "weight"))
-                metrics[name].update(*columns, own)
+                kinds = ("prediction", "label", "weight")
+                predictions, labels, weights = (_stacked([own.column(f"{kind}_{task}{end}") for task in tasks]) for kind in kinds)
+                metrics[name].update(predictions, labels, weights, own)
         return Tally(len(batch), scored, hash_rows([batch.column(name) for name in self.row_key]), metrics)
 
     def _model_columns(self, names: Sequence[str], logged: LoggedRows) -> dict[str, pa.Array]:
