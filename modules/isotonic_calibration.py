@@ -104,7 +104,9 @@ def _highest_below(thresholds: Floats, predictions: Floats, max_slope: float) ->
     caught up."""
     corners, values = [float(thresholds[0])], [float(predictions[0])]
     behind = 0.0
-    for left, right, low, high in zip(*(part.tolist() for part in (thresholds, thresholds[1:], predictions, predictions[1:])), strict=False):
+    for left, right, low, high in zip(
+        *(part.tolist() for part in (thresholds, thresholds[1:], predictions, predictions[1:])), strict=False
+    ):
         slope = (high - low) / (right - left)
         if behind > 0 and (caught_up := left + behind / (max_slope - slope) if slope < max_slope else right) < right:
             corners.append(caught_up)
