@@ -23,14 +23,13 @@ from mlenv.loops.metrics import BinaryMetrics
 from mlenv.serving.package import GRAPHS, Package
 from mlenv.serving.predictor import Predictor
 
+TOLERANCE = 1e-5
+"""How far a prediction of a package with float32 tables may be from the trainer's."""
 JSON_ROWS = 1000
 """Rows that also go through JSON, as a request brings them."""
 BATCH_SIZES = (1, 10, 100, 1000)
 REPEATS = 50
 """Requests of each size that are timed, after some that are not."""
-ROUNDING = 2e-6
-"""What another order of summation may do to a logit of size 1. Where a calibrator jumps, this alone moves a prediction far, the
-trainer's own too from one size of batch to another."""
 _FIGURES = ("auc", "normalized_entropy", "log_loss", "calibration")
 
 
@@ -54,10 +53,8 @@ class Parity:
     tables: str
     differences: dict[str, float]
     """Largest difference of a prediction, over all rows and tasks."""
-    beyond_rounding: dict[str, float]
-    """Largest distance of a prediction from what the trainer gives when its logit moves by ``ROUNDING`` either way."""
     rows_apart: dict[str, int]
-    """Rows that differ by more than 1e-5."""
+    """Rows that differ by more than ``TOLERANCE``."""
     json_rows: int
     json_differences: dict[str, float]
     """The same of the first rows, written as JSON and read again."""
@@ -78,7 +75,7 @@ class Parity:
         lines = [f"compared on {self.rows:,} rows of {self.window}, tables {self.tables}"]
         for form, difference in self.differences.items():
             lines.append(
-                f"{form}: largest difference {difference:.2e}, {self.rows_apart[form]} rows apart by more than 1e-5, "
+                f"{form}: largest difference {difference:.2e}, {self.rows_apart[form]} rows apart by more than {TOLERANCE:g}, "
                 f"{self.bytes[form] / 1e6:.1f} MB"
             )
             for name, before in self.trainer.items():
@@ -98,17 +95,13 @@ def compare(
         written: folder of the predictions that the training wrote for the same window, if there is one.
     """
     tasks = package.schema.tasks
-    parts: list[list[Floats]] = [[], [], []]
-    labels, weights = [], []
+    parts, labels, weights = [], [], []
     for batch, logits in score(model, source):
-        step = ROUNDING * logits.abs().clamp(min=1)
-        for part, moved in zip(parts, (logits, logits - step, logits + step), strict=True):
-            part.append(predictions_from(moved, batch.metadata, tasks, calibrators).numpy())
+        parts.append(predictions_from(logits, batch.metadata, tasks, calibrators).numpy())
         labels.append(batch.labels)
         weights.append(batch.weights)
-    (trainer, low, high), targets = map(np.concatenate, parts), (torch.cat(labels), torch.cat(weights))
+    trainer, targets = np.concatenate(parts), (torch.cat(labels), torch.cat(weights))
     differences: dict[str, float] = {}
-    beyond: dict[str, float] = {}
     apart: dict[str, int] = {}
     as_json: dict[str, float] = {}
     metrics: dict[str, dict[str, float]] = {}
@@ -118,8 +111,7 @@ def compare(
         predictor = Predictor(package, form)
         served, first, sample = _served(predictor, source)
         differences[form] = _largest(served, trainer)
-        beyond[form] = float(np.maximum(np.minimum(low, high) - served, served - np.maximum(low, high)).max(initial=0))
-        apart[form] = int((np.abs(served - trainer) > 1e-5).any(1).sum())
+        apart[form] = int((np.abs(served - trainer) > TOLERANCE).any(1).sum())
         as_json[form] = _largest(first, trainer[: len(first)])
         metrics[form] = _metrics(served, tasks, targets)
         latency[form] = [_latency(predictor, sample, rows) for rows in BATCH_SIZES]
@@ -130,7 +122,6 @@ def compare(
         rows=len(trainer),
         tables=str(package.facts["tables"]),
         differences=differences,
-        beyond_rounding=beyond,
         rows_apart=apart,
         json_rows=min(JSON_ROWS, len(trainer)),
         json_differences=as_json,
