@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -35,6 +36,7 @@ from mlenv.paired_scoring import check_row_key
 from mlenv.promotion import PAGE, VERDICT
 from mlenv.registry import CHALLENGER, CHAMPION, PREVIOUS, Registry
 from mlenv.schema import Schema
+from mlenv.serving.graph import ServedGraph
 from mlenv.stored_model import find_checkpoint, fingerprint_of
 from mlenv.stored_scorer import HeldOut, open_scorer
 from mlenv.tracking import tracked_run
@@ -252,16 +254,18 @@ def offset_for(logits: Floats, labels: Floats, calibration: float) -> float:
     return float(brentq(lambda offset: (1 / (1 + np.exp(-logits - offset))).sum() / labels.sum() - calibration, -9, 9))
 
 
-def test_injected_regressions_are_held(work: tuple[Path, Server], run: Run, ads: Path) -> None:
+@pytest.mark.slow
+def test_injected_regressions_are_held(work: tuple[Path, Server], run: Run, ads: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, server = work
     injector = Injector(folder, server, ads)
     injector.make_champion(injector.calibrated("weak", 1.0))
     gates = LENIENT | {"calibration": 0.05, "segment_calibration": 0.2, "resamples": 200, "missing_rows": 0}
     (folder / "strict.yaml").write_text(yaml.safe_dump(gates))
+    (folder / "exported.yaml").write_text(yaml.safe_dump(gates | {"export": "program", "size_bytes": 1_000_000}))
 
-    def failures(version: str) -> tuple[int, dict[tuple[str, str], str]]:
+    def failures(version: str, gates: str = "strict.yaml") -> tuple[int, dict[tuple[str, str], str]]:
         rows = ("--data", "config.yaml", "data.test.start=2026-01-01", "data.train={start: 2025-12-31, end: 2025-12-31}")
-        code, said = run("promote", "injected", "--version", version, "--gates", "strict.yaml", "--out", "injected", *rows)
+        code, said = run("promote", "injected", "--version", version, "--gates", gates, "--out", "injected", *rows)
         assert code in (DONE, GATE), said
         judged = json.loads((folder / "injected" / VERDICT).read_text())["judgements"]
         gains = [one["is_passed"] for one in judged if one["gate"] == "gain"]
@@ -280,9 +284,29 @@ def test_injected_regressions_are_held(work: tuple[Path, Server], run: Run, ads:
     assert all(subject.endswith("@device=desktop") for _, subject in held), held
     assert injector.aliases == {CHAMPION: "1"}
 
-    code, held = failures(injector.calibrated("better", 1.0))
+    # A good one, whose package says something else.
+    monkeypatch.setattr("mlenv.serving.parity.REPEATS", 1)
+    good, forward = injector.calibrated("better", 1.0), ServedGraph.forward
+
+    def other(graph: ServedGraph, ids: Any, lengths: Any, weights: Any, dense: Any, codes: Any) -> Any:
+        return 0.999 * forward(graph, ids, lengths, weights, dense, codes)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ServedGraph, "forward", other)
+        code, held = failures(good, "exported.yaml")
+    assert (code, [*held]) == (GATE, [("export", f"injected version {good} to program")])
+    assert "a prediction differs by" in held["export", f"injected version {good} to program"]
+    assert injector.aliases == {CHAMPION: "1"}
+
+    code, held = failures(good, "exported.yaml")
     assert (code, held) == (DONE, {})
-    assert injector.aliases == {CHAMPION: "4", PREVIOUS: "1"}
+    assert injector.aliases == {CHAMPION: good, PREVIOUS: "1"}
+    judged = json.loads((folder / "injected" / VERDICT).read_text())["judgements"]
+    assert [one["subject"] for one in judged if one["gate"] == "cost"] == [
+        "milliseconds for 1,000 rows, exported to program",
+        "bytes, exported to program",
+    ]
+    assert [one["detail"].split(" on ")[1] for one in judged if one["gate"] == "export"] == ["6,000 rows, may be 1e-05"] * 2
 
 
 def test_rows_that_cannot_be_joined_leave_the_champion(work: tuple[Path, Server], run: Run, ads: Path) -> None:

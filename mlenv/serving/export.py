@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from mlenv.serving.onnx_graph import refused, without_chatter, write_onnx
 from mlenv.serving.package import FORMATS, GRAPHS, PACKAGE, PARITY, SCHEMA, Format, Package, open_package, write_manifest
 from mlenv.serving.parity import TOLERANCE, Parity, compare
 from mlenv.stored_model import find_checkpoint, fingerprint_of
+from mlenv.stored_scorer import HeldOut
 from mlenv.tracking import run_tags
 
 _EXTRAS: tuple[Extra, ...] = ("metadata",)
@@ -74,24 +75,29 @@ class Trained:
     calibrators: dict[str, Calibrator] = field(default_factory=dict)
 
 
-def export(name: str, options: ExportOptions) -> tuple[Package, Parity]:
+def export(name: str, options: ExportOptions, rows: HeldOut | None = None) -> tuple[Package, Parity]:
     """
     Args:
         name: an output folder, a checkpoint, or a model that MLflow keeps.
+        rows: to compare on; otherwise the test window of the model's config, or what there is.
 
     Raises:
         ConfigError: there is no such model, or it cannot be exported; the message names the operator.
         GateError: with float32 tables a prediction differs from the trainer's by more than ``TOLERANCE``. No package is written then.
     """
     trained = load_trained(name, options)
-    window = measured_window(trained.config)
-    source = ParquetSource(trained.config.data, window, trained.config.schema, extras=_EXTRAS)
+    data = trained.config.data
+    window = measured_window(trained.config) if rows is None else rows.window
+    written = written_predictions(trained) if rows is None else None
+    if rows is not None:
+        data = replace(data, path=rows.path, allow_missing_days=True)
+    source = ParquetSource(data, window, trained.config.schema, extras=_EXTRAS)
     temporary = options.out.with_name(f".{options.out.name}.{os.getpid()}.part")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
         package = _write(trained, source, options, temporary)
-        parity = compare(trained.model, trained.calibrators, package, source, str(window), written_predictions(trained))
+        parity = compare(trained.model, trained.calibrators, package, source, str(window), written)
         if options.tables == "float32" and not max(parity.differences.values()) <= TOLERANCE:  # nan is not within
             raise GateError(_not_the_model(parity, trained.calibrators))
         (temporary / PARITY).write_text(parity.to_json(), encoding="utf-8")
