@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ from mlenv.promotion import PAGE, VERDICT
 from mlenv.registry import CHALLENGER, CHAMPION, PREVIOUS, Registry
 from mlenv.schema import Schema
 from mlenv.serving.graph import ServedGraph
+from mlenv.serving.package import open_package
+from mlenv.serving.predictor import Predictor
 from mlenv.stored_model import find_checkpoint, fingerprint_of
 from mlenv.stored_scorer import HeldOut, open_scorer
 from mlenv.tracking import tracked_run
@@ -200,6 +203,8 @@ def test_the_whole_story(work: tuple[Path, Server], run: Run, monkeypatch: pytes
     assert code == WRONG_INPUT
     assert f"MLflow at {server.uri}" in said
     assert "Fix: start the server" in said
+    assert run("rollback", "ranker")[0] == WRONG_INPUT
+    assert run("export", "models:/ranker@champion", "--out", "package")[0] == WRONG_INPUT
     server.start()
     assert Registry(server.uri).model("ranker").aliases == {CHAMPION: "1"}
 
@@ -307,6 +312,48 @@ def test_injected_regressions_are_held(work: tuple[Path, Server], run: Run, ads:
         "bytes, exported to program",
     ]
     assert [one["detail"].split(" on ")[1] for one in judged if one["gate"] == "export"] == ["6,000 rows, may be 1e-05"] * 2
+
+
+@pytest.mark.slow
+def test_mlflow_serves_a_package_of_the_run_and_answers_over_http(work: tuple[Path, Server], run: Run, ads: Path) -> None:
+    folder, server = work
+    code, said = run("export", "better", "--out", "package", "--format", "program", "--log-to-run")
+    assert code == DONE, said
+    address = f"runs:/{tracked_run(folder / 'better').run_id}/package"
+    assert f"MLflow   {address}" in said
+    code, said = run("export", "models:/nobody/1", "--out", "nothing")
+    assert (code, (folder / "nothing").exists()) == (WRONG_INPUT, False)
+    assert "MODEL: expected a model that MLflow keeps. Received: 'models:/nobody/1'" in said
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", address, "--env-manager", "local", "--port", str(port)]
+    environment = os.environ | {"MLFLOW_TRACKING_URI": server.uri, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    quiet = subprocess.DEVNULL
+    process = subprocess.Popen(command, cwd="/", env=environment, start_new_session=True, stdout=quiet, stderr=quiet)
+    try:
+        wait_until(lambda: is_healthy(port), timeout_seconds=90)
+        package = open_package(folder / "package")
+        rows = pq.read_table(ads / "date=2026-01-03", columns=package.columns.names, partitioning=None).slice(0, 50).to_pylist()
+        rows = [row for row in rows if None not in row.values()]
+        status, answer = invoke(port, rows)
+        assert status == 200
+        expected = Predictor(package).predict_rows(rows)[:, 0]
+        assert [one["click"] for one in answer["predictions"]] == pytest.approx(expected.tolist(), abs=1e-6)
+        status, answer = invoke(port, [{**rows[0], "price": "dear"}])
+        assert (status, "price" in answer["message"]) == (400, True)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def invoke(port: int, rows: list[dict[str, Any]]) -> tuple[int, dict[str, Any]]:
+    connection = HTTPConnection("127.0.0.1", port, timeout=60)
+    with closing(connection):
+        connection.request("POST", "/invocations", json.dumps({"dataframe_records": rows}), {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        return response.status, json.loads(response.read())
 
 
 def test_rows_that_cannot_be_joined_leave_the_champion(work: tuple[Path, Server], run: Run, ads: Path) -> None:
