@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -17,9 +17,10 @@ from mlenv.gates import Cost, Judgement
 from mlenv.paired_scoring import fastest_in_turns
 from mlenv.registry import ModelVersion
 from mlenv.serving.export import ExportOptions, export
-from mlenv.serving.package import Format
-from mlenv.serving.parity import TOLERANCE, as_columns
+from mlenv.serving.package import Format, Package
+from mlenv.serving.parity import TOLERANCE, requests
 from mlenv.serving.predictor import Predictor
+from mlenv.serving.row_transforms import keeping, plan_serving
 from mlenv.stored_scorer import HeldOut, StoredScorer
 
 _REQUEST_ROWS = 1000
@@ -59,8 +60,7 @@ def measure_exported(
             else:
                 detail = f"largest difference {parity.differences[form]:.2e} on {parity.rows:,} rows, may be {TOLERANCE:g}"
                 predictor = Predictor(package, form)
-                with closing(scorer.source(rows)) as source:
-                    calls.append(partial(predictor.predict, _request(source, package.columns)))
+                calls.append(partial(predictor.predict, _request(scorer, rows, package)))
                 sizes.append(parity.bytes[form])
             judgements.append(Judgement(gate="export", subject=f"{version} to {form}", is_passed=is_passed, detail=detail))
         costs = None
@@ -73,7 +73,10 @@ def measure_exported(
     return ExportedCosts(judgements=judgements, costs=costs)
 
 
-def _request(source: ParquetSource, columns: pa.Schema) -> pa.RecordBatch:
+def _request(scorer: StoredScorer, rows: HeldOut, package: Package) -> pa.RecordBatch:
     """Some of the rows, raw."""
-    found = next(rows for rows in source.record_batches(tuple(columns.names)) if rows.num_rows)
-    return as_columns(found, columns).slice(0, _REQUEST_ROWS)
+    wanted = (*package.schema.feature_columns, *(column for of_task in package.segments.values() for column in of_task))
+    data = replace(scorer.sections.data, path=rows.path, allow_missing_days=True)
+    data = keeping(data, plan_serving(data.transforms, tuple(dict.fromkeys(wanted))))
+    with closing(ParquetSource(data, rows.window, scorer.schema)) as source:
+        return next(part for part in requests(package, source) if part.num_rows).slice(0, _REQUEST_ROWS)

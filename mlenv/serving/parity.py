@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from mlenv.loops.evaluate import score
 from mlenv.loops.metrics import BinaryMetrics
 from mlenv.serving.package import GRAPHS, Package
 from mlenv.serving.predictor import Predictor
+from mlenv.serving.row_transforms import columns_before
 
 TOLERANCE = 1e-5
 """How far a prediction of a package with float32 tables may be from the trainer's."""
@@ -135,10 +136,9 @@ def compare(
 
 def _served(predictor: Predictor, source: ParquetSource) -> tuple[Floats, Floats, pa.RecordBatch]:
     """Predictions of all rows; of the first ones by way of JSON; and rows to time requests with."""
-    columns = predictor.package.columns
+    package = predictor.package
     parts, first, sample = [], np.zeros((0, len(predictor.tasks)), np.float32), None
-    for rows in source.record_batches(tuple(columns.names)):
-        plain = as_columns(rows, columns)
+    for plain in requests(package, source):
         parts.append(predictor.predict(plain))
         if len(first) < JSON_ROWS:
             written = json.dumps(_json_rows(plain.slice(0, JSON_ROWS - len(first))))
@@ -146,6 +146,17 @@ def _served(predictor: Predictor, source: ParquetSource) -> tuple[Floats, Floats
         sample = plain if sample is None or sample.num_rows < plain.num_rows else sample
     assert sample is not None
     return np.concatenate(parts), first, sample
+
+
+def requests(package: Package, source: ParquetSource) -> Iterator[pa.RecordBatch]:
+    """The rows of a window as a request has them.
+
+    Args:
+        source: of the data of ``keeping``.
+    """
+    held = columns_before(package.transforms.steps, package.columns.names)
+    for rows in source.record_batches(tuple(held.values())):
+        yield as_columns(rows.rename_columns(list(held)), package.columns)
 
 
 def as_columns(rows: pa.RecordBatch, columns: pa.Schema) -> pa.RecordBatch:

@@ -43,17 +43,23 @@ schema:
     topic_weights: {kind: weighted, storage: string}
     history: {kind: sequence, max_length: 5, fields: {item: {table: item_id}, action: {storage: string}}}
     price: {kind: numeric, log1p: true, default: null}
+    price_band: {kind: categorical}
     is_weekend: {kind: binary}
     item_vector: {kind: dense_vector, dim: 8}
   tables:
     item_id: {num_embeddings: 1000, embedding_dim: 4}
     user_country: {num_embeddings: 100, embedding_dim: 4, ids: hash}
+    price_band: {num_embeddings: 20, embedding_dim: 4, ids: hash}
     device: {num_embeddings: 3, embedding_dim: 4, ids: vocabulary, vocabulary: [phone, desktop, tablet]}
     topic: {num_embeddings: 100, embedding_dim: 4, ids: hash, pooling: mean}
     topic_weights: {num_embeddings: 100, embedding_dim: 4, ids: hash}
     history_action: {num_embeddings: 10, embedding_dim: 4, ids: hash}
 data:
   path: PATH
+  transforms:
+  - {kind: derive, column: price_band, sql: CAST(price / 10 AS BIGINT)}
+  - {kind: clip, column: price, upper: 30}
+  - {kind: filter, where: price IS NULL OR price >= 0}
   batch_size: 128
   train: {end: 2026-01-01}
   validation: {start: 2026-01-02, end: 2026-01-02}
@@ -108,6 +114,19 @@ def test_every_row_is_scored_as_the_training_scored_it(package, trained, rows):
         assert [latency["rows"] for latency in report["latency"][form]] == [1, 10, 100, 1000]
         assert report["metrics"][form]["click/auc"] == pytest.approx(report["trainer"]["click/auc"], abs=1e-4)
     assert report["written_difference"] < 1e-5
+
+
+def test_transforms_of_the_config_run_on_raw_values(package, rows):
+    assert "price_band" not in open_package(package).columns.names
+    predictor = Predictor(open_package(package))
+    prices = [row["price"] for row in rows if row["price"] is not None]
+    assert max(prices) > 30 > min(prices)
+    dear = [{**rows[0], "price": price} for price in (31.0, 35.0, 45.0)]
+    first, same_band, other_band = predictor.predict_rows(dear).tolist()
+    assert first == same_band  # clipped alike, and of the same band
+    assert first != other_band
+    with pytest.raises(RowsError, match="row 1, field 'price': expected a number"):
+        predictor.predict_rows([rows[0], {**rows[1], "price": "30"}])
 
 
 def test_a_row_alone_and_an_empty_one_are_scored_alike(package, rows):
