@@ -202,8 +202,8 @@ def dot_chart(title: str, rows: Sequence[str], series: Sequence[Series], x_range
         middle = frame.top + row_height * (number + 0.5)
         shapes.append(_line(frame.left, middle, frame.right, middle, "grid"))
         lines = name.split("\n")
-        for place, line in enumerate(lines):
-            shapes.append(_text(frame.left - 10, middle + 4 + 13 * (place - (len(lines) - 1) / 2), line, "end"))
+        for step, line in enumerate(lines):
+            shapes.append(_text(frame.left - 10, middle + 4 + 13 * (step - (len(lines) - 1) / 2), line, "end"))
     for entry in series:
         if entry.style == "level":
             place = frame.x(entry.points[0][0])

@@ -329,7 +329,10 @@ def test_mlflow_serves_a_package_of_the_run_and_answers_over_http(work: tuple[Pa
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
     command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", address, "--env-manager", "local", "--port", str(port)]
-    environment = os.environ | {"MLFLOW_TRACKING_URI": server.uri, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    (folder / "bin").mkdir()
+    (folder / "bin" / "uvicorn").write_text(f"#!/bin/sh\nexec '{sys.executable}' -m uvicorn \"$@\"\n")  # MLflow looks for it on the path
+    (folder / "bin" / "uvicorn").chmod(0o755)
+    environment = os.environ | {"MLFLOW_TRACKING_URI": server.uri, "PATH": f"{folder / 'bin'}:{os.environ['PATH']}"}
     quiet = subprocess.DEVNULL
     process = subprocess.Popen(command, cwd="/", env=environment, start_new_session=True, stdout=quiet, stderr=quiet)
     try:

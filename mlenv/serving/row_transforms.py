@@ -80,7 +80,9 @@ def plan_serving(transforms: Sequence[TransformConfig | WindowTransformConfig | 
     Raises:
         ConfigError: a step reads what a column held before a transform that is not served put something else there.
     """
-    needed, brought, steps = dict.fromkeys(wanted), {}, {}
+    needed: dict[str, None] = dict.fromkeys(wanted)
+    brought: dict[str, int] = {}
+    steps: dict[int, TransformConfig] = {}
     for place, transform in reversed(list(enumerate(transforms))):
         made = [name for name in transform.writes if name in needed and name not in brought]
         if not made:
