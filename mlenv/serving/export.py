@@ -105,7 +105,7 @@ def export(name: str, options: ExportOptions, rows: HeldOut | None = None) -> tu
     try:
         package = _write(trained, plan, source, options, temporary)
         parity = compare(trained.model, trained.calibrators, package, source, str(window), written)
-        if options.tables == "float32" and not max(parity.differences.values()) <= TOLERANCE:  # nan is not within
+        if options.tables == "float32" and not all(one <= TOLERANCE for one in parity.differences.values()):  # nan is not
             raise GateError(_not_the_model(parity, trained.calibrators))
         (temporary / PARITY).write_text(parity.to_json(), encoding="utf-8")
         _complete(temporary, package)
