@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 import numpy as np
@@ -102,17 +103,23 @@ class _MissingMetrics:
 
 
 def measure_costs(scorers: Sequence[StoredScorer], scored: Sequence[Scored]) -> list[Cost]:
-    """Time of each model on rows of its own, in turns, so that a busy machine slows all of them; the fastest of several counts."""
-    seconds = [float("inf")] * len(scorers)
-    for _ in range(_REPEATS):
-        for place, (scorer, rows) in enumerate(zip(scorers, scored, strict=True)):
-            began = time.perf_counter()
-            scorer(rows.example)
-            seconds[place] = min(seconds[place], time.perf_counter() - began)
+    """Time of each model as it was trained, on rows of its own."""
+    seconds = fastest_in_turns([partial(scorer, rows.example) for scorer, rows in zip(scorers, scored, strict=True)])
     return [
         Cost(milliseconds=1e6 * best / len(rows.example), bytes=scorer.num_bytes)
         for best, scorer, rows in zip(seconds, scorers, scored, strict=True)
     ]
+
+
+def fastest_in_turns(calls: Sequence[Callable[[], object]]) -> list[float]:
+    """Seconds of each, in turns, so that a busy machine slows all of them; the fastest of several counts."""
+    seconds = [float("inf")] * len(calls)
+    for _ in range(_REPEATS):
+        for place, call in enumerate(calls):
+            began = time.perf_counter()
+            call()
+            seconds[place] = min(seconds[place], time.perf_counter() - began)
+    return seconds
 
 
 def check_row_key(schema: Schema, place: str) -> None:
