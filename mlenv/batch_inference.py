@@ -8,6 +8,7 @@ import math
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -162,14 +163,14 @@ def run(inference: Inference, out: Path) -> Predicted:
         address = "" if options.ray == LOCAL else options.ray
         scored = in_actors(inference.scorer, missing, workers, address) if options.ray else in_threads(inference.scorer, missing, workers)
         total = _Total(inference)
-        for part in inference.parts:
-            if part.name in there:
-                total.add(inference.scorer.tally(folder.read(part.name)))
-            else:
-                done = next(scored)
-                folder.write(part.name, done.file)
-                total.add(done.tally)
-        scored.close()
+        with closing(scored):  # a part that cannot be written ends the threads too
+            for part in inference.parts:
+                if part.name in there:
+                    total.add(inference.scorer.tally(folder.read(part.name)))
+                else:
+                    done = next(scored)
+                    folder.write(part.name, done.file)
+                    total.add(done.tally)
         _check_unchanged(inference)
         folder.finish(total.record, total.metrics)
         return _read(folder, inference)

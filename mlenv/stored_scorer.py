@@ -76,11 +76,12 @@ class StoredScorer:
         tensors = [*self.model.parameters(), *self.model.buffers()]
         return deepcopy(self, {id(shared): shared for shared in (*tensors, self.schema, self.sections)})
 
-    def source(self, rows: HeldOut, passed_through: Schema | None = None) -> ParquetSource:
+    def source(self, rows: HeldOut, passed_through: Schema | None = None, *, has_labels: bool = True) -> ParquetSource:
         """The rows as this model reads them.
 
         Args:
             passed_through: whose row key, request and segments the rows carry, beside this model's own segments.
+            has_labels: whether the labels are read. Without, their columns need not be there.
         """
         schema = self.schema
         if passed_through is not None:
@@ -88,7 +89,7 @@ class StoredScorer:
             schema = replace(schema, row_key=passed_through.row_key, request=passed_through.request, segments=segments)
         data = replace(self.sections.data, path=rows.path, allow_missing_days=True)
         extras: tuple[Extra, ...] = ("metadata",)
-        return ParquetSource(data, rows.window, schema, extras=extras)
+        return ParquetSource(data, rows.window, schema, extras=extras, has_labels=has_labels)
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Tensor:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from mlenv.findings import Verdict
 
 _FIGURES: Final = {"auc": "AUC", "normalized_entropy": "NE", "calibration": "calibration"}
 _BEST: Final = {"auc": "best AUC", "normalized_entropy": "best NE"}
@@ -23,3 +26,13 @@ def figures_table(metrics: Mapping[str, float], tasks: Sequence[str], best: Mapp
         )
         for row in rows
     )
+
+
+def verdict_text(verdict: Verdict) -> str:
+    """What was raised, each with what to do, and the verdict."""
+    lines = []
+    for finding in verdict.raised:
+        limit = "" if finding.limit is None else f" (limit {finding.limit:.4g})"
+        lines.append(f"{finding.severity.upper()}  {finding.check.ljust(21)}  {finding.subject}  {finding.value:.4g}{limit}")
+        lines.append(f"      {finding.detail} To do: {finding.fix}.")
+    return "\n".join([*lines, f"{verdict.severity}: {len(verdict.raised)} of {len(verdict.findings)} figures beyond their limits"])
