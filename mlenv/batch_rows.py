@@ -31,6 +31,21 @@ def join_batches(batches: Sequence[Batch]) -> Batch:
     )
 
 
+def take_rows(batch: Batch, order: Tensor) -> Batch:
+    """Rows of a batch in another order, each as often as it is named."""
+    parts = [_taken(batch.sparse.select(place, place + 1), order) for place in range(len(batch.sparse.keys))]
+    return replace(
+        batch,
+        sparse=_assembled(batch.sparse, parts),
+        dense=batch.dense[order],
+        labels=batch.labels[order],
+        weights=batch.weights[order],
+        metadata=None if batch.metadata is None else batch.metadata.take(pa.array(order.numpy())),
+        requests=None,
+        teacher=None,
+    )
+
+
 def borrow_features(schema: Schema, batch: Batch, lender: Batch, features: Collection[str], rows: Tensor) -> Batch:
     """The batch, with some features as other rows have them.
 

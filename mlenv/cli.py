@@ -12,6 +12,7 @@ from mlenv.commands.data import add_data_commands
 from mlenv.commands.features import add_feature_commands
 from mlenv.commands.jobs import add_job_commands
 from mlenv.commands.registry import add_registry_commands
+from mlenv.commands.replay import add_replay_commands
 from mlenv.commands.search import add_search_commands
 from mlenv.commands.serving import add_serving_commands
 from mlenv.commands.tracking import add_tracking_commands
@@ -83,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
         add_feature_commands,
         add_registry_commands,
         add_serving_commands,
+        add_replay_commands,
         add_tracking_commands,
     ):
         add(verbs, verb)

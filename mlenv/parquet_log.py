@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -70,8 +70,13 @@ class ParquetLog:
 
     def read(self, names: Sequence[str]) -> pa.Table:
         """Columns of all rows, each in its common type."""
+        return pa.concat_tables(self.tables(names))
+
+    def tables(self, names: Sequence[str]) -> Iterator[pa.Table]:
+        """The same, file by file."""
         schema = pa.schema([pa.field(name, self.columns[name]) for name in names])
-        return pa.concat_tables([self._read(file, schema) for file in self._footers])
+        for file in self._footers:
+            yield self._read(file, schema)
 
     def _read(self, file: str, schema: pa.Schema) -> pa.Table:
         folders = self._folders[file]
@@ -165,8 +170,10 @@ def common_rows(first: KeyTable, second: KeyTable) -> tuple[Ints, Ints]:
         frames.append(frame)
     common = frames[0].join(frames[1], on=keys, how="inner", suffix="_second").sort(_ROW)
     if not len(common):
-        examples = [dict(zip(table.names, frame.select(keys).row(0), strict=True)) if len(frame) else {} for table, frame in
-                    zip((first, second), frames, strict=True)]
+        examples = [
+            dict(zip(table.names, frame.select(keys).row(0), strict=True)) if len(frame) else {}
+            for table, frame in zip((first, second), frames, strict=True)
+        ]
         fix = "name logs of the same time, and the columns that hold the same key (NAME=NAME where they differ in name)"
         raise DataError(
             f"{first.place} and {second.place}", expected="rows with the same key", received=f"none; such as {examples}", fix=fix

@@ -188,15 +188,9 @@ def check_features(schema: Schema, options: SimulationOptions) -> None:
 
 
 def write_simulation(simulation: Simulation, folder: Path) -> Path:
-    """Writes ``simulation.json`` and the page; gives back the page's path.
-
-    Raises:
-        ConfigError: the folder's parent is not there.
-    """
+    """Writes ``simulation.json`` and the page; gives back the page's path."""
     from mlenv.simulation_page import render_simulation
 
-    if not folder.parent.is_dir():
-        raise ConfigError("--out", expected="a folder whose parent exists", received=str(folder), fix=f"mkdir -p '{folder.parent}'")
     folder.mkdir(exist_ok=True)
     write_whole(json.dumps(simulation.to_plain(), indent=1), folder / SIMULATION_FILE)
     write_whole(render_simulation(simulation), folder / PAGE_FILE)

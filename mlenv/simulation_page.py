@@ -19,7 +19,7 @@ def render_simulation(simulation: Simulation) -> str:
         "rows hit": f"{options.share:.0%}, drawn with seed {options.seed}",
         "rows of the days before": f"{simulation.num_earlier:,}",
     }
-    meanings = {kind: meaning for kind, meaning in MEANINGS.items() if kind in options.kinds}
+    meanings: dict[str, str] = {kind: meaning for kind, meaning in MEANINGS.items() if kind in options.kinds}
     if any(effect.kind == "missing at peak" for effect in simulation.effects):
         meanings |= {"missing at peak": f"null in all rows of the {options.peak_hours} hours of the day (UTC) with the most rows"}
     return render(

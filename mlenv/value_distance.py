@@ -42,9 +42,7 @@ class Compared:
 def kind_of_values(first: pa.DataType, second: pa.DataType) -> ValueKind | None:
     """What values of these types are compared as; None when they have nothing in common."""
     if _is_list(first) and _is_list(second):
-        return "vector" if all(pa.types.is_floating(kind.value_type) for kind in (first, second) if not pa.types.is_map(kind)) and not (
-            pa.types.is_map(first) or pa.types.is_map(second)
-        ) else "bag"
+        return "vector" if all(_is_vector(kind) for kind in (first, second)) else "bag"
     if _is_list(first) or _is_list(second) or pa.types.is_struct(first) or pa.types.is_struct(second):
         return None
     numeric = [_is_number(kind) for kind in (first, second)]
@@ -73,7 +71,11 @@ def compare_values(first: pa.ChunkedArray, second: pa.ChunkedArray, tolerance: f
     if kind == "number":
         left_number, right_number = as_numbers(first), as_numbers(second)
         return Compared(kind, _of_vectors(left_number[:, None], right_number[:, None], tolerance, seed))
-    return Compared(kind, _of_vectors(*_as_vectors(first, second), tolerance, seed))
+    vectors = _as_vectors(first, second)
+    distances = _of_vectors(*vectors, tolerance, seed)
+    neither = _has_nan(vectors[0]) & _has_nan(vectors[1])  # null, or of another length on both sides
+    distances[neither] = (codes_of_values(first, kind) != codes_of_values(second, kind))[neither]
+    return Compared(kind, distances)
 
 
 def codes_of_values(values: pa.ChunkedArray, kind: ValueKind) -> Codes:
@@ -111,7 +113,7 @@ def is_nothing(values: pa.ChunkedArray) -> Flags:
 
 def _of_vectors(first: Floats, second: Floats, tolerance: float, seed: int) -> Floats:
     """Of ``(rows, width)``; a row with a NaN has no value."""
-    has_first, has_second = ~np.isnan(first).any(axis=1), ~np.isnan(second).any(axis=1)
+    has_first, has_second = ~_has_nan(first), ~_has_nan(second)
     far = np.linalg.norm(np.where(has_first[:, None] & has_second[:, None], first - second, 0.0), axis=1)
     size = np.maximum(np.linalg.norm(np.nan_to_num(first), axis=1), np.linalg.norm(np.nan_to_num(second), axis=1))
     usual = _usual_distance(second[has_second], seed)
@@ -119,6 +121,11 @@ def _of_vectors(first: Floats, second: Floats, tolerance: float, seed: int) -> F
     distances: Floats = np.where(far > noise, np.minimum(far / usual, 1.0), 0.0)
     distances[has_first != has_second] = 1.0
     return distances
+
+
+def _has_nan(vectors: Floats) -> Flags:
+    found: Flags = np.isnan(vectors).sum(axis=1) > 0
+    return found
 
 
 def _usual_distance(vectors: Floats, seed: int) -> float:
@@ -153,7 +160,8 @@ def _of_bags(first: pa.ChunkedArray, second: pa.ChunkedArray, tolerance: float) 
     parts = []
     for start in range(0, len(first), _CHUNK):
         sides = [_weights(column.slice(start, _CHUNK)) for column in (first, second)]
-        joined = sides[0].join(sides[1], on=["row", "id"], how="full", coalesce=True, suffix="_second").fill_null(0.0)
+        joined = sides[0].join(sides[1], on=["row", "id"], how="full", coalesce=True, suffix="_second")
+        joined = joined.with_columns(pl.col("weight", "weight_second").fill_null(0.0))
         sums = joined.group_by("row").agg(
             (pl.col("weight") - pl.col("weight_second")).abs().sum().alias("apart"),
             pl.max_horizontal(pl.col("weight").abs(), pl.col("weight_second").abs()).sum().alias("all"),
@@ -173,7 +181,8 @@ def _weights(column: pa.ChunkedArray) -> pl.DataFrame:
     if isinstance(inner, pl.Struct):
         identity, weight = (field.name for field in inner.fields)
         frame = frame.with_columns(
-            pl.col("id").struct.field(identity).alias("id"), pl.col("id").struct.field(weight).fill_null(0.0).cast(pl.Float64).alias("weight")
+            pl.col("id").struct.field(identity).alias("id"),
+            pl.col("id").struct.field(weight).fill_null(0.0).cast(pl.Float64).alias("weight"),
         )
     else:
         frame = frame.with_columns(pl.lit(1.0).alias("weight"))
@@ -185,9 +194,11 @@ def _list_type(kind: pa.DataType) -> pa.DataType:
 
 
 def _is_list(kind: pa.DataType) -> bool:
-    return bool(
-        pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind) or pa.types.is_map(kind)
-    )
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind) or pa.types.is_map(kind))
+
+
+def _is_vector(kind: pa.DataType) -> bool:
+    return not pa.types.is_map(kind) and bool(pa.types.is_floating(kind.value_type))
 
 
 def _is_number(kind: pa.DataType) -> bool:
