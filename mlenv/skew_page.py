@@ -55,7 +55,7 @@ def _features(skew: Skew) -> Table:
     rows = [
         [
             Cell(one.feature),
-            Cell(one.guess, [f"{one.explained:.0%} of the rows that differ"] if one.guess else []),
+            Cell(f"{one.guess} ({one.explained:.0%} of them)" if one.guess and one.explained else one.guess),
             Cell(one.kind),
             Cell(f"{one.differs:.2%}", [f"{one.low:.2%} to {one.high:.2%}"], "off" if one.is_above else ""),
             Cell("" if one.relative is None else f"{one.relative:.1%}"),
@@ -64,4 +64,4 @@ def _features(skew: Skew) -> Table:
         for one in skew.features
     ]
     header = ["Feature", "Probably", "Kind", "Rows that differ", "By, relative", "Score"]
-    return Table(header, 1, rows)
+    return Table(header, 2, rows)
