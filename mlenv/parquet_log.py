@@ -130,18 +130,30 @@ def _wider(file: str, name: str, kind: pa.DataType, other: pa.DataType) -> pa.Da
 
 @dataclass(frozen=True)
 class KeyTable:
-    """The row keys of a side, in the order of its rows."""
+    """The row keys of a side, in the order of its rows.
+
+    Raises:
+        DataError: a key occurs twice.
+    """
 
     place: str
     """For messages."""
     names: Sequence[str]
     columns: Sequence[pa.ChunkedArray]
 
+    def __post_init__(self) -> None:
+        frame = pl.DataFrame([pl.Series(str(place), pl.from_arrow(column)) for place, column in enumerate(self.columns)]).drop_nulls()
+        twice = frame.filter(frame.is_duplicated())
+        if len(twice):
+            received = f"{_named(self.names, twice)} 2 times or more"
+            fix = "name columns that tell rows apart, or remove the repeated rows"
+            raise DataError(f"{self.place}, row key {list(self.names)}", expected="each once", received=received, fix=fix)
+
 
 def read_keys(log: ParquetLog, names: Sequence[str]) -> KeyTable:
     """
     Raises:
-        DataError: the log lacks a column of the key.
+        DataError: the log lacks a column of the key, or a key occurs twice.
     """
     log.check_columns(names, "a column of the row key")
     return KeyTable(f"{log.place} {log.path}", names, log.read(names).columns)
@@ -153,32 +165,25 @@ def common_rows(first: KeyTable, second: KeyTable) -> tuple[Ints, Ints]:
     Integers are compared as numbers, anything else as text.
 
     Raises:
-        DataError: a key occurs twice on a side, or no row is on both.
+        DataError: no row is on both.
     """
-    columns = [_comparable(*pair) for pair in zip(first.columns, second.columns, strict=True)]
-    keys = [str(place) for place in range(len(columns))]
-    frames = []
-    for side, table in enumerate((first, second)):
-        frame = pl.DataFrame({key: pair[side] for key, pair in zip(keys, columns, strict=True)}).with_row_index(_ROW).drop_nulls()
-        twice = frame.filter(pl.struct(keys).is_duplicated())
-        if len(twice):
-            example = dict(zip(table.names, twice.select(keys).row(0), strict=True))
-            fix = "name columns that tell rows apart, or remove the repeated rows"
-            raise DataError(
-                f"{table.place}, row key {list(table.names)}", expected="each once", received=f"{example} 2 times or more", fix=fix
-            )
-        frames.append(frame)
+    pairs = [_comparable(*pair) for pair in zip(first.columns, second.columns, strict=True)]
+    frames = [
+        pl.DataFrame({str(place): pair[side] for place, pair in enumerate(pairs)}).with_row_index(_ROW).drop_nulls() for side in (0, 1)
+    ]
+    keys = [str(place) for place in range(len(pairs))]
     common = frames[0].join(frames[1], on=keys, how="inner", suffix="_second").sort(_ROW)
     if not len(common):
-        examples = [
-            dict(zip(table.names, frame.select(keys).row(0), strict=True)) if len(frame) else {}
-            for table, frame in zip((first, second), frames, strict=True)
-        ]
+        examples = [_named(table.names, frame.select(keys)) for table, frame in zip((first, second), frames, strict=True)]
         fix = "name logs of the same time, and the columns that hold the same key (NAME=NAME where they differ in name)"
-        raise DataError(
-            f"{first.place} and {second.place}", expected="rows with the same key", received=f"none; such as {examples}", fix=fix
-        )
+        received = f"none; such as {' and '.join(examples)}"
+        raise DataError(f"{first.place} and {second.place}", expected="rows with the same key", received=received, fix=fix)
     return common[_ROW].to_numpy().astype(np.int64), common[f"{_ROW}_second"].to_numpy().astype(np.int64)
+
+
+def _named(names: Sequence[str], keys: pl.DataFrame) -> str:
+    """The first of some keys, for a message."""
+    return ", ".join(f"{name} {value}" for name, value in zip(names, keys.row(0), strict=True)) if len(keys) else "no key at all"
 
 
 def _comparable(first: pa.ChunkedArray, second: pa.ChunkedArray) -> tuple[pl.Series, pl.Series]:

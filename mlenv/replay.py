@@ -146,15 +146,17 @@ def replay(scorer: StoredScorer, model: str, logged: str, rows: HeldOut | None, 
     """
     log, schema = ParquetLog(logged, "--logged"), scorer.schema
     scores = _score_columns(log, schema, options)
+    if options.time:
+        log.check_columns([options.time], "the time of a row")
     key = _key(log, schema, rows, options)
     keys = read_keys(log, [pair.first for pair in key])
-    available = logged_features(log, schema)
+    available, scores_of_log = logged_features(log, schema), _logged_scores(log, scores)
     side = _replay_log(scorer, log, keys, available) if rows is None else _replay_rows(scorer, rows, key)
     everything = np.arange(log.num_rows)
     places = (everything, everything) if rows is None else common_rows(keys, side.keys)
     times, notes = _times(log, schema, side, places, options)
     tasks = [place for place, task in enumerate(schema.tasks) if task in scores]
-    said = _logged_scores(log, scores)[places[0]]
+    said = scores_of_log[places[0]]
     again = side.predictions[places[1]][:, tasks]
     is_known: NDArray[np.bool_] = np.isnan(said).sum(axis=1) == 0
     apart = np.where(is_known[:, None], np.abs(said - again), 0.0)
@@ -290,8 +292,6 @@ def _times(
     log: ParquetLog, schema: Schema, side: _Side, places: tuple[Ints, Ints], options: ReplayOptions
 ) -> tuple[Ints | None, list[str]]:
     """Of the common rows."""
-    if options.time:
-        log.check_columns([options.time], "the time of a row")
     name = options.time or (SERVED_TIME if SERVED_TIME in log.columns else schema.event_time)
     if name in log.columns:
         values, place = log.read([name]).column(0).take(pa.array(places[0])), f"--logged {log.path}, column {name!r}"

@@ -74,7 +74,7 @@ def _guesses(served: pa.ChunkedArray, logged: pa.ChunkedArray, kind: ValueKind) 
 
 def _constants(served: pa.ChunkedArray, logged: pa.ChunkedArray) -> Iterator[Guess]:
     """One value in place of many."""
-    if pc.count_distinct(logged).as_py() < 3:
+    if pc.count_distinct(logged).as_py() < 2:
         return
     counts = pl.Series("value", pl.from_arrow(served)).drop_nulls().value_counts(sort=True)
     if len(counts):
@@ -119,11 +119,8 @@ def guess_stale(served: Codes, logged: Codes, differs: Flags, history: History, 
         served: of the rows that are compared.
         logged: of all rows of the log.
     """
-    rows = np.flatnonzero(differs)
     past = pl.DataFrame({"entity": history.entities, "value": logged, "time": history.times}).drop_nulls("entity").sort("time")
-    asked = past.clear()
-    places = history.rows[rows]
-    values = served[rows]
+    places, values = history.rows[differs], served[differs]
     asked = pl.DataFrame({"entity": history.entities.gather(places), "value": values, "time": history.times[places]})
     asked = asked.with_columns(pl.Series("dealt", np.random.default_rng(seed).permutation(values))).drop_nulls("entity").sort("time")
     has_past = _earlier(asked.select("entity", "time"), past.select("entity", "time"), ["entity"])
@@ -139,7 +136,7 @@ def guess_stale(served: Codes, logged: Codes, differs: Flags, history: History, 
         return None
     age = (checked["time"] - found).drop_nulls().median()
     assert isinstance(age, float)
-    return Guess(f"stale: what the same {history.entity} had {_ago(age)} before", share)
+    return Guess(f"stale: the same {history.entity} last had it {_ago(age)} before", share)
 
 
 def _earlier(asked: pl.DataFrame, past: pl.DataFrame, by: list[str]) -> pl.Series:

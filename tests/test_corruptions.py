@@ -90,7 +90,9 @@ def test_numbers_are_scaled_and_negated_in_the_rows_that_are_hit():
 
 
 def test_values_of_other_rows_are_seeded():
-    others = [Corruptions(SCHEMA, held(), seed=seed).of("other", {"age"}, torch.ones(4, dtype=torch.bool))[0].dense[:, 0] for seed in (0, 0, 1, 2)]
+    others = [
+        Corruptions(SCHEMA, held(), seed=seed).of("other", {"age"}, torch.ones(4, dtype=torch.bool))[0].dense[:, 0] for seed in (0, 0, 1, 2)
+    ]
     assert torch.equal(others[0], others[1])
     assert any(not torch.equal(others[0], other) for other in others[2:])
     assert all(set(other.tolist()) <= {13, 14, 0, 16} for other in others)

@@ -88,7 +88,13 @@ def test_every_feature_is_tried_in_every_way_that_means_something(scorer, found)
 
 def test_models_that_were_prepared_for_nulls_lose_less(tiny_config, tmp_path):
     (tmp_path / "config.yaml").write_text(tiny_config)
-    settings = ["data.num_epochs=4", "data.batch_size=256", "data.train.end=2026-01-02", "loop.max_steps=0", "loop.checkpoint_every_steps=1000"]
+    settings = [
+        "data.num_epochs=4",
+        "data.batch_size=256",
+        "data.train.end=2026-01-02",
+        "loop.max_steps=0",
+        "loop.checkpoint_every_steps=1000",
+    ]
     settings += ["embeddings.learning_rate=0.1", "tracking.enabled=false"]
     settings += ["schema.features.placement={kind: categorical, storage: string}"]
     settings += ["schema.tables.placement={num_embeddings: 100, embedding_dim: 4, ids: hash}"]
