@@ -5,9 +5,16 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Final
 
 from mlenv.commands.rows import add_rows, rows_from
 from mlenv.errors import DONE, GATE, ConfigError
+
+if TYPE_CHECKING:
+    from mlenv.stored_scorer import StoredScorer
+
+_SHOWN: Final = 10
+"""Lines of a list on the screen; the page has all."""
 
 
 def add_replay_commands(verbs: argparse._SubParsersAction[argparse.ArgumentParser], verb: Callable[..., argparse.ArgumentParser]) -> None:
@@ -85,9 +92,7 @@ def _replay(options: argparse.Namespace) -> int:
         print(f"would compare the scores of {options.logged} with those of {options.model} on {on}")
         return DONE
     _check_folder(options.out)
-    from mlenv.stored_scorer import open_scorer
-
-    scorer = open_scorer(options.model, options.uri)
+    scorer = _opened(options)
     found = replay(scorer, options.model, options.logged, rows_from(options, scorer) if are_named else None, wanted)
     for one in found.overall:
         print(
@@ -101,10 +106,6 @@ def _replay(options: argparse.Namespace) -> int:
     if options.out is not None:
         print(f"page     {write_replay(found, options.out)}")
     return GATE if found.is_above else DONE
-
-
-_SHOWN = 10
-"""Lines of a list on the screen; the page has all."""
 
 
 def _simulate(options: argparse.Namespace) -> int:
@@ -127,9 +128,7 @@ def _simulate(options: argparse.Namespace) -> int:
         print(f"would corrupt {wanted.share:.0%} of the rows of {options.model}: {', '.join(wanted.kinds)}")
         return DONE
     _check_folder(options.out)
-    from mlenv.stored_scorer import open_scorer
-
-    scorer = open_scorer(options.model, options.uri)
+    scorer = _opened(options)
     found = simulate(scorer, options.model, rows_from(options, scorer), wanted)
     for task, figures in found.whole.items():
         print(f"{task.ljust(12)}  AUC {figures['auc']:.4f}, calibration {figures['calibration']:.4f} with every feature as it is")
@@ -168,6 +167,15 @@ def _skew(options: argparse.Namespace) -> int:
     if options.out is not None:
         print(f"page     {write_skew(found, options.out)}")
     return GATE if found.above else DONE
+
+
+def _opened(options: argparse.Namespace) -> StoredScorer:
+    """The model that is named; a server that is away is an error at once, and not after minutes of trying."""
+    from mlenv.stored_scorer import open_scorer
+    from mlenv.tracking import prepare_environment
+
+    prepare_environment()
+    return open_scorer(options.model, options.uri)
 
 
 def _check_folder(folder: Path | None) -> None:
