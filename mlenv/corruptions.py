@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mlenv.batch import Batch
 from mlenv.batch_rows import borrow_features
+from mlenv.datasets.times import microseconds
 from mlenv.missing_features import MissingFeatures
 from mlenv.schema import Categorical, DenseVector, Numeric, Schema, Weighted
 
@@ -67,8 +68,9 @@ def find_day_before(metadata: pa.RecordBatch, num_earlier: int, entity: str, eve
         metadata: of the earlier rows and then of the others.
         entity: column of the entity's id; a row without one has no row before.
     """
-    table = pa.table({"entity": metadata.column(entity), "time": _as_microseconds(metadata.column(event_time))})
-    rows = pl.DataFrame(pl.from_arrow(table)).with_columns(pl.col("entity").cast(pl.String)).with_row_index("row")
+    times, has_time = microseconds(metadata.column(event_time), f"schema.event_time, column {event_time!r}")
+    rows = pl.DataFrame({"entity": pl.from_arrow(metadata.column(entity)), "time": pl.Series(times)}).with_row_index("row")
+    rows = rows.with_columns(pl.col("entity").cast(pl.String)).filter(pl.Series(has_time))
     known = rows.drop_nulls().sort("time")
     asked = known.filter(pl.col("row") >= num_earlier).with_columns(pl.col("time") - DAY).sort("time")
     found = asked.join_asof(known.rename({"row": "before"}), on="time", by="entity", strategy="backward", check_sortedness=False)
@@ -82,14 +84,10 @@ def find_day_before(metadata: pa.RecordBatch, num_earlier: int, entity: str, eve
 
 def busiest_hours(metadata: pa.RecordBatch, event_time: str, num_hours: int) -> tuple[list[int], Tensor]:
     """The hours of the day (UTC) with the most rows, and which rows lie in them."""
-    hour = np.asarray(_as_microseconds(metadata.column(event_time)).fill_null(-1)) // (DAY // 24) % 24
+    hour = microseconds(metadata.column(event_time), f"schema.event_time, column {event_time!r}")[0] // (DAY // 24) % 24
     counts = np.bincount(hour, minlength=24)
     hours = sorted(np.argsort(-counts, kind="stable")[:num_hours].tolist())
     return hours, torch.from_numpy(np.isin(hour, hours))
-
-
-def _as_microseconds(times: pa.Array) -> pa.Array:
-    return times.cast(pa.timestamp("us", times.type.tz), safe=False).cast(pa.int64())
 
 
 class Corruptions:

@@ -40,11 +40,12 @@ def logged_features(log: ParquetLog, schema: Schema) -> tuple[str, ...]:
     return tuple(name for name, columns in columns_of_features(schema).items() if all(column in log.columns for column in columns))
 
 
-def encode_logged(table: pa.Table, schema: Schema, metadata: Sequence[str], place: str) -> Batch:
+def encode_logged(table: pa.Table, schema: Schema, metadata: Sequence[str], place: str, first_row: int = 0) -> Batch:
     """Rows without labels as a batch; a feature whose columns are not in the table is null.
 
     Args:
         metadata: columns that the batch carries.
+        first_row: what the message calls the first row.
 
     Raises:
         DataError: a value cannot be used.
@@ -57,7 +58,8 @@ def encode_logged(table: pa.Table, schema: Schema, metadata: Sequence[str], plac
     try:
         sparse, dense = encode_features(pa.RecordBatch.from_pydict(columns), schema)
     except RowError as error:
-        raise DataError(f"{place}, {error.column!r}", expected=error.expected, received=error.received, fix=error.fix) from error
+        where = f"{place}, row {first_row + error.row}, column {error.column!r}"
+        raise DataError(where, expected=error.expected, received=error.received, fix=error.fix) from error
     nothing = np.zeros((num_rows, len(schema.tasks)), np.float32)
     carried = pa.RecordBatch.from_pydict({name: table.column(name).combine_chunks() for name in metadata})
     return to_batch([EncodedRows(schema, sparse, dense, nothing, nothing, carried, None, None)], START)

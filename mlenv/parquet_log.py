@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from mlenv.datasets.parquet_source import NoFilesError, list_files, open_folder, partitions
 from mlenv.errors import ConfigError, DataError, nearest
+from mlenv.value_distance import comparable_ids
 
 Ints = NDArray[np.int64]
 
@@ -167,7 +168,7 @@ def common_rows(first: KeyTable, second: KeyTable) -> tuple[Ints, Ints]:
     Raises:
         DataError: no row is on both.
     """
-    pairs = [_comparable(*pair) for pair in zip(first.columns, second.columns, strict=True)]
+    pairs = [comparable_ids(*pair) for pair in zip(first.columns, second.columns, strict=True)]
     frames = [
         pl.DataFrame({str(place): pair[side] for place, pair in enumerate(pairs)}).with_row_index(_ROW).drop_nulls() for side in (0, 1)
     ]
@@ -184,11 +185,3 @@ def common_rows(first: KeyTable, second: KeyTable) -> tuple[Ints, Ints]:
 def _named(names: Sequence[str], keys: pl.DataFrame) -> str:
     """The first of some keys, for a message."""
     return ", ".join(f"{name} {value}" for name, value in zip(names, keys.row(0), strict=True)) if len(keys) else "no key at all"
-
-
-def _comparable(first: pa.ChunkedArray, second: pa.ChunkedArray) -> tuple[pl.Series, pl.Series]:
-    are_numbers = all(pa.types.is_integer(one.type) for one in (first, second))
-    kind = pl.Int64 if are_numbers else pl.String
-    columns = [column.cast(pa.timestamp("us")) if pa.types.is_timestamp(column.type) else column for column in (first, second)]
-    left, right = (pl.Series(pl.from_arrow(column)).cast(kind, strict=not are_numbers, wrap_numerical=True) for column in columns)
-    return left, right

@@ -241,11 +241,12 @@ def _replay_log(scorer: StoredScorer, log: ParquetLog, keys: KeyTable, available
     segments = [name for name in schema.segments if name in log.columns or name in read_by_calibrators]
     log.check_columns(segments, "a segment that a calibrator of the model reads")
     others = [name for name in (schema.event_time,) if name and name in log.columns]
-    parts = []
+    parts, first = [], 0
     for table in log.tables(list(dict.fromkeys([*schema.feature_columns, *segments]))):
         for start in range(0, table.num_rows, _CHUNK):
-            batch = encode_logged(table.slice(start, _CHUNK), schema, segments, f"--logged {log.path}, row {start} or later")
+            batch = encode_logged(table.slice(start, _CHUNK), schema, segments, f"--logged {log.path}", first + start)
             parts.append(scorer(batch))
+        first += table.num_rows
     columns = log.read([*segments, *others])
     predictions = torch.cat(parts).double().numpy() if parts else np.zeros((0, len(schema.tasks)))
     return _Side(keys, predictions, dict(zip(columns.column_names, columns.columns, strict=True)))

@@ -23,6 +23,7 @@ from mlenv.bootstrap import Ints, TaskRows, resample, spread
 from mlenv.corruptions import Corruption, Corruptions, HeldRows, busiest_hours, draw_rows, entity_columns, find_day_before
 from mlenv.datasets.encoded_rows import tell_apart
 from mlenv.datasets.parquet_source import NoFilesError
+from mlenv.datasets.times import check_time
 from mlenv.errors import ConfigError, check_at_least, nearest
 from mlenv.missing_features import feature_groups
 from mlenv.page import write_whole
@@ -201,11 +202,14 @@ def _read(scorer: StoredScorer, rows: HeldOut, options: SimulationOptions) -> tu
     """The rows, and those of the days before for stale values, with the columns of the entities' ids."""
     schema, notes = scorer.schema, []
     entities = entity_columns(schema) if "stale" in options.kinds and schema.event_time else {}
-    if "stale" in options.kinds and not entities:
-        what = "event_time" if not schema.event_time else "categorical feature with the entity user or item"
-        notes.append(f"nothing is stale: the model's schema has no {what}")
+    if not schema.event_time:
+        notes.append("nothing is stale, and nothing is missing at peak: the model's schema has no event_time")
+    elif "stale" in options.kinds and not entities:
+        notes.append("nothing is stale: the model's schema has no categorical feature with the entity user or item")
     carried = replace(schema, segments=tuple(dict.fromkeys([*schema.segments, *entities.values()])))
     batch = _first_rows(scorer, rows, carried, options.num_rows)
+    if schema.event_time and batch.metadata is not None:
+        check_time("schema.event_time", schema.event_time, batch.metadata.schema.field(schema.event_time).type)
     history = _days_before(rows, options.history_days) if entities else None
     earlier: list[Batch] = []
     if history is not None:

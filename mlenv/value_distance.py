@@ -89,9 +89,11 @@ def codes_of_values(values: pa.ChunkedArray, kind: ValueKind) -> Codes:
 
 
 def comparable_ids(first: pa.ChunkedArray, second: pa.ChunkedArray) -> tuple[pl.Series, pl.Series]:
-    """Integers and flags as numbers, anything else as text."""
-    kind = pl.Int64 if _is_number(first.type) and _is_number(second.type) else pl.String
-    left, right = (pl.Series(pl.from_arrow(column)).cast(kind, wrap_numerical=True) for column in (first, second))
+    """Integers and flags as numbers, times as microseconds, anything else as text."""
+    sides = [column.cast(pa.timestamp("us")) if pa.types.is_timestamp(column.type) else column for column in (first, second)]
+    are_numbers = all(pa.types.is_timestamp(side.type) or _is_number(side.type) for side in sides)
+    kind = pl.Int64 if are_numbers else pl.String
+    left, right = (pl.Series(pl.from_arrow(side)).cast(kind, wrap_numerical=True) for side in sides)
     return left, right
 
 

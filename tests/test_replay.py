@@ -149,7 +149,7 @@ def test_wrong_input_is_named(scorer, skewed, stored_ranker, tmp_path, capsys):
     assert "column 'price': expected a number. Received: 'large_string'" in said(as_text)
     assert "column 'tiem': expected the time of a row" in said(skewed, time="tiem")
     out_of_table = skewed.with_columns(pl.lit(10**6).alias("hour"))
-    assert "'hour': expected an id in [0, 24). Received: 1000000" in said(out_of_table, None)
+    assert "row 0, column 'hour': expected an id in [0, 24). Received: 1000000" in said(out_of_table, None)
     assert main(["replay", str(tmp_path), "--logged", str(tmp_path / "log.parquet")]) == WRONG_INPUT
     assert "expected a checkpoint" in capsys.readouterr().err
     assert main(["replay", str(stored_ranker), "--logged", str(tmp_path / "no.parquet")]) == WRONG_INPUT

@@ -78,3 +78,9 @@ def test_weighted_ids_and_vectors():
     assert vectors.distances[:5].tolist() == pytest.approx([0.5, 0, 1, 1, 0])
     odd = compare_values(column([[1.0], None, *logged]), column([[2.0], None, *logged]), 1e-3)
     assert odd.distances[:3].tolist() == [1, 0, 0]
+
+
+def test_times_are_the_same_in_any_unit():
+    first = column([1_700_000_000_000, 1_700_000_000_001], pa.timestamp("ms", "UTC"))
+    second = column([1_700_000_000_000_000, 1_700_000_000_000_000], pa.timestamp("us", "UTC"))
+    assert compare_values(first, second, 1e-3).distances.tolist() == [0, 1]
