@@ -14,14 +14,15 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
-from mlenv.batch_rows import borrow_features, join_batches, take_rows
+from mlenv.batch_rows import join_batches, take_rows
 from mlenv.datasets.times import check_time, microseconds
 from mlenv.errors import ConfigError, DataError, check_above, check_at_least, nearest
+from mlenv.feature_blame import Blame, blame_features
 from mlenv.logged_features import columns_of_features, encode_logged, logged_features
-from mlenv.loops.metrics import MAX_SEGMENT_VALUES
 from mlenv.page import write_whole
 from mlenv.parquet_log import KeyColumn, KeyTable, ParquetLog, common_rows, read_keys
 from mlenv.schema import Schema
+from mlenv.score_parity import PairedScores, Parity
 from mlenv.stored_scorer import HeldOut, StoredScorer
 
 REPLAY_FILE, PAGE_FILE = "replay.json", "replay.html"
@@ -42,7 +43,8 @@ Ints = NDArray[np.int64]
 @dataclass(frozen=True, kw_only=True)
 class ReplayOptions:
     key: tuple[KeyColumn, ...] = ()
-    """What tells rows apart: columns of the log and of the rows. By default the model's ``schema.row_key``."""
+    """What tells rows apart: columns of the log and of the rows. By default the model's ``schema.row_key``; without rows, request and row
+    of the log of ``mlenv serve``."""
     scores: Mapping[str, str] = field(default_factory=dict)
     """Column of the log with the score of a task; ``prediction_TASK`` for one that is not named."""
     time: str = ""
@@ -60,37 +62,6 @@ class ReplayOptions:
         check_above("--tolerance", self.tolerance, 0)
         check_at_least("--limit", self.limit, 0)
         check_at_least("--blame-rows", self.num_blamed, 1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Parity:
-    """How well replayed predictions of one task agree with the logged ones in a group of rows."""
-
-    task: str
-    group: str
-    """Empty for all rows, ``segment=value``, or the hour."""
-    num_rows: int
-    differs: float
-    """Share of the rows that are further apart than the tolerance."""
-    logged: float
-    """Mean prediction in the log."""
-    replayed: float
-    apart: float
-    """Mean absolute difference."""
-    largest: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Blame:
-    """How much of the difference goes away when the replay reads one feature as it was served, in the rows that differ."""
-
-    task: str
-    feature: str
-    """Empty for all features of the log together."""
-    explained: float
-    """1 when the replay then says what was logged; 0 when that changes nothing; below 0 when it makes it worse."""
-    changed: float
-    """Share of the rows that differ in which the replayed prediction moves at all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,34 +116,29 @@ def replay(scorer: StoredScorer, model: str, logged: str, rows: HeldOut | None, 
         DataError: the log lacks the row key, the scores, or features that it is to be replayed on; no row is on both sides.
     """
     log, schema = ParquetLog(logged, "--logged"), scorer.schema
-    scores = _score_columns(log, schema, options)
+    columns = _score_columns(log, schema, options)
     if options.time:
         log.check_columns([options.time], "the time of a row")
     key = _key(log, schema, rows, options)
     keys = read_keys(log, [pair.first for pair in key])
-    available, scores_of_log = logged_features(log, schema), _logged_scores(log, scores)
+    available, said = logged_features(log, schema), _logged_scores(log, columns)
     side = _replay_log(scorer, log, keys, available) if rows is None else _replay_rows(scorer, rows, key)
     everything = np.arange(log.num_rows)
     places = (everything, everything) if rows is None else common_rows(keys, side.keys)
+    replayed = side.predictions[places[1]][:, [schema.tasks.index(task) for task in columns]]
+    scores = PairedScores(tasks=list(columns), logged=said[places[0]], replayed=replayed, tolerance=options.tolerance)
     times, notes = _times(log, schema, side, places, options)
-    tasks = [place for place, task in enumerate(schema.tasks) if task in scores]
-    said = scores_of_log[places[0]]
-    again = side.predictions[places[1]][:, tasks]
-    is_known: NDArray[np.bool_] = np.isnan(said).sum(axis=1) == 0
-    apart = np.where(is_known[:, None], np.abs(said - again), 0.0)
-    compared = _Compared(list(scores), said, again, is_known, options.tolerance)
     segments = {name: side.columns[name].take(pa.array(places[1])) for name in schema.segments if name in side.columns}
     blames: list[Blame] = []
-    differs = np.flatnonzero((apart > options.tolerance).any(axis=1))
-    if len(differs) > options.num_blamed:
-        differs = np.sort(np.random.default_rng(options.seed).choice(differs, options.num_blamed, replace=False))
-    if rows is not None and len(differs) and available:
-        table = pa.table({name: log.read([name]).column(0).take(pa.array(places[0][differs])) for name in _columns(schema, available)})
-        blames = _blame(scorer, rows, key, table, available, places[1][differs], said[differs], again[differs], tasks, options.tolerance)
-    elif rows is not None and len(differs):
-        notes.append("the log has no features of the model, so that no feature can be found behind the difference")
-    elif len(differs):
+    differing = scores.differing
+    if len(differing) > options.num_blamed:
+        differing = np.sort(np.random.default_rng(options.seed).choice(differing, options.num_blamed, replace=False))
+    if rows is None and len(differing):
         notes.append("the features are those of the log: what differs is the model, its version, or how the server reads values")
+    elif rows is not None and len(differing) and available:
+        blames = _blames(scorer, log, rows, key, (places[0][differing], places[1][differing]), scores.rows(differing))
+    elif len(differing):
+        notes.append("the log has no features of the model, so that no feature can be found behind the difference")
     return Replay(
         model=model,
         log=logged,
@@ -180,13 +146,13 @@ def replay(scorer: StoredScorer, model: str, logged: str, rows: HeldOut | None, 
         num_logged=log.num_rows,
         num_replayed=len(side.predictions),
         num_common=len(places[0]),
-        num_without_score=int((~is_known).sum()),
-        overall=compared.by(None),
-        segments=[one for name, values in segments.items() for one in compared.by(_texts(name, values))],
-        hours=[] if times is None else compared.by(_hours(times)),
+        num_without_score=int(np.isnan(scores.logged).all(axis=1).sum()),
+        overall=scores.parity(),
+        segments=[one for name, values in segments.items() for one in scores.parity(_texts(name, values))],
+        hours=[] if times is None else scores.parity(_hours(times)),
         blames=blames,
-        num_blamed=len(differs) if blames else 0,
-        worst=_worst(keys, places[0], list(scores), said, again, apart),
+        num_blamed=len(differing) if blames else 0,
+        worst=_worst(keys, places[0], scores),
         notes=notes,
         options=options,
     )
@@ -222,9 +188,8 @@ def _score_columns(log: ParquetLog, schema: Schema, options: ReplayOptions) -> d
 
 
 def _key(log: ParquetLog, schema: Schema, rows: HeldOut | None, options: ReplayOptions) -> tuple[KeyColumn, ...]:
-    key = options.key or tuple(KeyColumn(name, name) for name in schema.row_key)
-    if not options.key and rows is None and not (key and all(pair.first in log.columns for pair in key)):
-        key = tuple(KeyColumn(name, name) for name in SERVED_KEY if name in log.columns) or key
+    is_served = rows is None and all(name in log.columns for name in SERVED_KEY)
+    key = options.key or tuple(KeyColumn(name, name) for name in (SERVED_KEY if is_served else schema.row_key))
     if not key:
         fix = "name them with --key, or in schema.row_key of the model's config"
         raise DataError(f"--logged {log.path}", expected="columns that identify a row", received=sorted(log.columns), fix=fix)
@@ -281,7 +246,10 @@ def _logged_scores(log: ParquetLog, scores: Mapping[str, str]) -> Floats:
             raise DataError(
                 f"--logged {log.path}, row {row}, column {name!r}", expected="a prediction in [0, 1]", received=float(values[row]), fix=fix
             )
-    return np.stack(columns, axis=1).astype(np.float64)
+    scores_of_log: Floats = np.stack(columns, axis=1).astype(np.float64)
+    if not np.isfinite(scores_of_log).any():
+        raise DataError(f"--logged {log.path}", expected=f"predictions in {list(scores.values())}", received="none in any row")
+    return scores_of_log
 
 
 def _columns(schema: Schema, features: Sequence[str]) -> list[str]:
@@ -315,87 +283,35 @@ def _texts(name: str, values: pa.ChunkedArray) -> pl.Series:
     return pl.select(pl.lit(f"{name}=") + pl.Series(pl.from_arrow(values)).cast(pl.String).fill_null("null")).to_series()
 
 
-class _Compared:
-    """Both predictions of every common row."""
-
-    def __init__(self, tasks: Sequence[str], said: Floats, again: Floats, is_known: NDArray[np.bool_], tolerance: float) -> None:
-        self._tasks, self._said, self._again, self._is_known, self._tolerance = tasks, said, again, is_known, tolerance
-
-    def by(self, groups: pl.Series | None) -> list[Parity]:
-        """Of each value, in order; of many segment values only those with the most rows."""
-        names = groups if groups is not None else pl.Series([""]).new_from_index(0, len(self._said))
-        found = []
-        for place, task in enumerate(self._tasks):
-            frame = pl.DataFrame({"group": names, "logged": self._said[:, place], "replayed": self._again[:, place]})
-            apart = (pl.col("logged") - pl.col("replayed")).abs()
-            grouped = (
-                frame.filter(pl.Series(self._is_known))
-                .group_by("group")
-                .agg(
-                    pl.len().alias("num_rows"),
-                    (apart > self._tolerance).mean().alias("differs"),
-                    pl.col("logged").mean(),
-                    pl.col("replayed").mean(),
-                    apart.mean().alias("apart"),
-                    apart.max().alias("largest"),
-                )
-            )
-            found += [Parity(task=task, **row) for row in grouped.top_k(MAX_SEGMENT_VALUES, by="num_rows").sort("group").to_dicts()]
-        return found
-
-
-def _blame(
-    scorer: StoredScorer,
-    rows: HeldOut,
-    key: Sequence[KeyColumn],
-    served: pa.Table,
-    available: Sequence[str],
-    places: Ints,
-    said: Floats,
-    again: Floats,
-    tasks: Sequence[int],
-    tolerance: float,
+def _blames(
+    scorer: StoredScorer, log: ParquetLog, rows: HeldOut, key: Sequence[KeyColumn], places: tuple[Ints, Ints], scores: PairedScores
 ) -> list[Blame]:
-    """Replays the rows that differ with one feature at a time as it was served, and with all of them.
-
-    Args:
-        served: the columns of the available features, of these rows.
-        places: of these rows in the source, in order of the log.
     """
-    order = np.argsort(places)  # as the source gives them
-    schema, wanted = scorer.schema, places[order]
+    Args:
+        places: of rows that differ, in the log and in the source.
+        scores: of the same rows.
+    """
+    features = logged_features(log, scorer.schema)
+    order = np.argsort(places[1])  # as the source gives them
+    here, there = places[0][order], places[1][order]
+    table = pa.table({name: log.read([name]).column(0).take(pa.array(here)) for name in _columns(scorer.schema, features)})
+    served = encode_logged(table, scorer.schema, [], f"--logged {log.path}, rows that differ")
     own, first = [], 0
-    for batch in scorer.source(rows, _carrying(schema, key)).batches():
-        here = wanted[(wanted >= first) & (wanted < first + len(batch))] - first
-        if len(here):
-            own.append(take_rows(batch, torch.from_numpy(here)))
+    for batch in scorer.source(rows, _carrying(scorer.schema, key)).batches():
+        wanted = there[(there >= first) & (there < first + len(batch))] - first
+        if len(wanted):
+            own.append(take_rows(batch, torch.from_numpy(wanted)))
         first += len(batch)
-    logged = join_batches(own)
-    lender = encode_logged(served.take(pa.array(order)), schema, [], "--logged, rows that differ")
-    said, again, everything = said[order], again[order], torch.arange(len(logged))
-    apart = np.abs(said - again)
-    counted = apart > tolerance
-    blames = []
-    for name, features in {"": set(available), **{feature: {feature} for feature in available}}.items():
-        mixed = borrow_features(schema, logged, lender, features, everything)
-        parts = [scorer(mixed.rows(start, min(start + _CHUNK, len(mixed)))) for start in range(0, len(mixed), _CHUNK)]
-        after = torch.cat(parts).double().numpy()[:, list(tasks)]
-        left = np.abs(said - after)
-        for place, task in enumerate(tasks):
-            those = counted[:, place]
-            if those.any():
-                explained = 1 - float(left[those, place].sum() / apart[those, place].sum())
-                moved = float((np.abs(after - again)[those, place] > tolerance).mean())
-                blames.append(Blame(task=schema.tasks[task], feature=name, explained=explained, changed=moved))
-    return sorted(blames, key=lambda one: (one.feature != "", -one.explained, one.feature))
+    return blame_features(scorer, join_batches(own), served, features, scores.rows(order))
 
 
-def _worst(keys: KeyTable, places: Ints, tasks: Sequence[str], said: Floats, again: Floats, apart: Floats) -> list[dict[str, Any]]:
-    worst = []
+def _worst(keys: KeyTable, places: Ints, scores: PairedScores) -> list[dict[str, Any]]:
+    worst, apart = [], scores.apart
     for row in np.argsort(-apart.max(axis=1, initial=0.0), kind="stable")[:_WORST]:
-        place = int(np.argmax(apart[row]))
-        if not apart[row, place] > 0:
+        task = int(np.argmax(apart[row]))
+        if not apart[row, task] > 0:
             break
         key = {name: column[int(places[row])].as_py() for name, column in zip(keys.names, keys.columns, strict=True)}
-        worst.append({"key": key, "task": tasks[place], "logged": float(said[row, place]), "replayed": float(again[row, place])})
+        said, again = float(scores.logged[row, task]), float(scores.replayed[row, task])
+        worst.append({"key": key, "task": scores.tasks[task], "logged": said, "replayed": again})
     return worst

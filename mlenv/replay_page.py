@@ -7,7 +7,8 @@ from typing import Final
 
 from mlenv.charts import NEUTRAL, Chart, Series, dot_chart, line_chart
 from mlenv.page import Cell, Table, render
-from mlenv.replay import Parity, Replay
+from mlenv.replay import Replay
+from mlenv.score_parity import Parity
 
 _MAX_CHARTED: Final = 20
 
@@ -87,9 +88,9 @@ def _blames(found: Replay) -> Table:
 
 
 def _blame_charts(found: Replay) -> list[Chart]:
-    """The features that explain most, in all tasks."""
+    """The features that move a prediction, those that explain most first."""
     tasks = list(dict.fromkeys(one.task for one in found.blames))
-    names = list(dict.fromkeys(one.feature for one in found.blames if one.feature))[:_MAX_CHARTED]
+    names = list(dict.fromkeys(one.feature for one in found.blames if one.feature and one.changed))[:_MAX_CHARTED]
     if not names:
         return []
     series = [

@@ -15,6 +15,7 @@ from mlenv.cli import main
 from mlenv.errors import DONE, GATE, WRONG_INPUT, MlenvError
 from mlenv.logged_features import encode_logged
 from mlenv.replay import PAGE_FILE, REPLAY_FILE, ReplayOptions, replay
+from mlenv.serving.served_log import ServedLog
 from mlenv.stored_scorer import HeldOut, StoredScorer, open_scorer, rows_for
 
 
@@ -50,16 +51,26 @@ def skewed(scorer: StoredScorer, rows: pl.DataFrame) -> pl.DataFrame:
     return as_served(scorer, changed).with_columns(changed["is_cheap"]).sample(fraction=0.8, shuffle=True, seed=2)
 
 
-def test_a_log_agrees_with_the_model_that_wrote_it(scorer, rows, stored_ranker, tmp_path, capsys):
-    as_served(scorer, rows).write_parquet(tmp_path / "log.parquet")
-    for named in ([], ["--start", "2026-01-03"]):  # on its own features, and on those of the data set
-        arguments = ["replay", str(stored_ranker), "--logged", str(tmp_path / "log.parquet"), *named]
-        assert main([*arguments, "--out", str(tmp_path / "out")]) == DONE
-        assert "0.00% of 2,000 rows differ" in capsys.readouterr().out
+def test_the_log_of_a_server_agrees_with_its_model(scorer, rows, stored_ranker, tmp_path, capsys):
+    served = as_served(scorer, rows)
+    table = served.select(scorer.schema.feature_columns).to_arrow().to_batches()[0]  # rows without a row key
+    predictions = served.select("prediction_click", "prediction_conversion").to_numpy()
+    log = ServedLog(tmp_path / "log", scorer.schema.tasks)
+    for request, part in (("a", slice(0, 500)), ("b", slice(500, 2000))):
+        log.add(request, table.select([])[part], table[part], predictions[part])
+    log.close()
+    assert main(["replay", str(stored_ranker), "--logged", str(tmp_path / "log"), "--out", str(tmp_path / "out")]) == DONE
+    assert "0.00% of 2,000 rows differ" in capsys.readouterr().out
     plain = json.loads((tmp_path / "out" / REPLAY_FILE).read_text())
     assert [one["task"] for one in plain["overall"]] == ["click", "conversion"]
     assert max(one["largest"] for one in plain["overall"]) < 1e-6
-    assert plain["blames"] == []
+    assert all(set(one["key"]) == {"served_request_id", "served_row"} for one in plain["worst"])
+    assert len({one["group"] for one in plain["hours"]}) in (1, 2)  # now, and perhaps the clock struck
+    # With a row key it is held against the rows of the data set.
+    served.write_parquet(tmp_path / "log.parquet")
+    found = replay(scorer, "ranker", str(tmp_path / "log.parquet"), rows_for(scorer, start="2026-01-03"), ReplayOptions())
+    assert (found.num_common, found.blames, found.is_above) == (2000, [], False)
+    assert max(one.largest for one in found.overall) < 1e-6
 
 
 def test_the_features_behind_a_difference_are_found(scorer, rows, skewed, ads, tmp_path):
@@ -116,10 +127,11 @@ def test_the_command_names_the_feature_and_says_no(skewed, stored_ranker, tmp_pa
 def test_scores_of_another_model_are_no_feature_s_fault(scorer, rows, tmp_path):
     log = as_served(scorer, rows).with_columns(pl.col("prediction_click") * 0.9, pl.lit(None, pl.Float32).alias("prediction_conversion"))
     log = log.with_columns(pl.when(pl.col("impression_id") % 2 == 0).then("prediction_click").alias("prediction_click"))
-    log.drop("prediction_conversion").write_parquet(tmp_path / "log.parquet")
+    log.write_parquet(tmp_path / "log.parquet")
     found = replay(scorer, "ranker", str(tmp_path / "log.parquet"), rows_for(scorer, start="2026-01-03"), ReplayOptions(tolerance=1e-3))
     assert found.num_without_score == (rows["impression_id"] % 2 == 1).sum()
     assert found.overall[0].logged == pytest.approx(0.9 * found.overall[0].replayed, rel=1e-4)
+    assert [one.task for one in found.overall] == ["click"]
     assert all(abs(one.explained) < 1e-6 for one in found.blames)
     on_itself = replay(scorer, "ranker", str(tmp_path / "log.parquet"), None, ReplayOptions())
     assert on_itself.overall[0].apart == pytest.approx(found.overall[0].apart, rel=1e-4)
@@ -145,6 +157,8 @@ def test_wrong_input_is_named(scorer, skewed, stored_ranker, tmp_path, capsys):
     assert "row key ['impression_id']: expected each once" in said(pl.concat([skewed, skewed]))
     assert "expected a prediction in [0, 1]" in said(skewed.with_columns(pl.col("prediction_click") - 3))
     assert "expected all features of the model. Received: \"no columns of ['price']\"" in said(skewed.drop("price"), None)
+    no_score = skewed.with_columns(pl.lit(None, pl.Float32).alias("prediction_click")).drop("prediction_conversion")
+    assert "expected predictions in ['prediction_click']. Received: 'none in any row'" in said(no_score)
     as_text = skewed.with_columns(pl.col("price").cast(pl.String))
     assert "column 'price': expected a number. Received: 'large_string'" in said(as_text)
     assert "column 'tiem': expected the time of a row" in said(skewed, time="tiem")
