@@ -68,7 +68,7 @@ def _guesses(served: pa.ChunkedArray, logged: pa.ChunkedArray, kind: ValueKind) 
         yield from _constants(served, logged)
     if kind == "number" or (kind == "id" and pa.types.is_integer(served.type) and pa.types.is_integer(logged.type)):
         yield from _arithmetic(as_numbers(served), as_numbers(logged))
-    if kind == "bag" and not pa.types.is_map(served.type) and not pa.types.is_map(logged.type):
+    if kind == "bag" and not any(pa.types.is_map(side.type) or pa.types.is_struct(side.type.value_type) for side in (served, logged)):
         yield from _parts(served, logged)
 
 
@@ -100,8 +100,6 @@ def _arithmetic(served: Floats, logged: Floats) -> Iterator[Guess]:
 def _parts(served: pa.ChunkedArray, logged: pa.ChunkedArray) -> Iterator[Guess]:
     """Lists that hold a part of the ids, or more."""
     sides = pl.DataFrame({"served": pl.from_arrow(served), "logged": pl.from_arrow(logged)})
-    if isinstance(sides.schema["served"].inner, pl.Struct):  # type: ignore[attr-defined]
-        return
     sides = sides.select(pl.all().cast(pl.List(pl.String)).fill_null([]).list.unique())
     common = sides.select(pl.col("served").list.set_intersection("logged").list.len()).to_series()
     lengths = [sides[name].list.len() for name in ("served", "logged")]

@@ -85,6 +85,8 @@ def codes_of_values(values: pa.ChunkedArray, kind: ValueKind) -> Codes:
         return hash_rows([pa.array(as_numbers(values).astype(np.float32), from_pandas=True)])
     if kind == "vector":
         return hash_rows([whole.cast(pa.list_(pa.float32()))])
+    if pa.types.is_map(whole.type) and pa.types.is_floating(whole.type.item_type):
+        return hash_rows([whole.cast(pa.map_(whole.type.key_type, pa.float32()))])
     return hash_rows([whole])
 
 

@@ -72,6 +72,9 @@ def test_weighted_ids_and_vectors():
     second = column([[(1, 0.25), (3, 0.5)], [(1, np.float32(1 / 3) * 3)]], PAIRS)
     # |0.5-0.25| + 1 + 0.5 over 0.5 + 1 + 0.5
     assert compare_values(first, second, 1e-3).distances.tolist() == pytest.approx([0.875, 0])
+    narrow = column([[(1, 0.1)], [(2, 0.2)]], pa.map_(pa.int64(), pa.float32()))
+    wide = column([[(1, 0.1)], [(2, 0.3)]], PAIRS)
+    assert (codes_of_values(narrow, "bag") == codes_of_values(wide, "bag")).tolist() == [True, False]
     logged = [[0.0, 0.0], [3.0, 4.0]] * 20  # 5 apart
     served = [[0.0, 2.5], [3.0, 4.0], None, [1.0], *logged[4:]]
     vectors = compare_values(column(served), column(logged), 1e-3)
