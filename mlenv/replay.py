@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, Final
 import numpy as np
 import polars as pl
 import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
@@ -25,7 +27,7 @@ from mlenv.schema import Schema
 from mlenv.score_parity import PairedScores, Parity
 from mlenv.stored_scorer import HeldOut, StoredScorer
 
-REPLAY_FILE, PAGE_FILE = "replay.json", "replay.html"
+REPLAY_FILE, PAGE_FILE, ROWS_FILE = "replay.json", "replay.html", "rows.parquet"
 
 SERVED_KEY: Final = ("served_request_id", "served_row")
 """What tells rows apart in the log of ``mlenv serve``."""
@@ -85,7 +87,15 @@ class Replay:
     worst: Sequence[Mapping[str, Any]]
     """The rows that are furthest apart: row key, task, logged and replayed prediction."""
     notes: Sequence[str]
+    by_row: pa.Table
+    """Row key, and ``logged_TASK`` and ``replayed_TASK`` of every row that was compared, in the order of the log."""
     options: ReplayOptions
+
+    def to_plain(self) -> dict[str, Any]:
+        """Everything but the rows."""
+        plain = asdict(replace(self, by_row=self.by_row.slice(0, 0)))
+        del plain["by_row"]
+        return plain
 
     @property
     def is_above(self) -> bool:
@@ -154,16 +164,23 @@ def replay(scorer: StoredScorer, model: str, logged: str, rows: HeldOut | None, 
         num_blamed=len(differing) if blames else 0,
         worst=_worst(keys, places[0], scores),
         notes=notes,
+        by_row=_by_row(keys, places[0], scores),
         options=options,
     )
 
 
 def write_replay(found: Replay, folder: Path) -> Path:
-    """Writes ``replay.json`` and the page; gives back the page's path."""
+    """Writes ``replay.json``, ``rows.parquet`` and the page; gives back the page's path."""
     from mlenv.replay_page import render_replay
 
     folder.mkdir(exist_ok=True)
-    write_whole(json.dumps(asdict(found), indent=1, default=str), folder / REPLAY_FILE)
+    write_whole(json.dumps(found.to_plain(), indent=1, default=str), folder / REPLAY_FILE)
+    temporary = folder / f".{ROWS_FILE}.{os.getpid()}.part"
+    try:
+        pq.write_table(found.by_row, temporary, compression="zstd")
+        temporary.replace(folder / ROWS_FILE)
+    finally:
+        temporary.unlink(missing_ok=True)
     write_whole(render_replay(found), folder / PAGE_FILE)
     return folder / PAGE_FILE
 
@@ -303,6 +320,14 @@ def _blames(
             own.append(take_rows(batch, torch.from_numpy(wanted)))
         first += len(batch)
     return blame_features(scorer, join_batches(own), served, features, scores.rows(order))
+
+
+def _by_row(keys: KeyTable, places: Ints, scores: PairedScores) -> pa.Table:
+    columns = {name: column.take(pa.array(places)) for name, column in zip(keys.names, keys.columns, strict=True)}
+    for place, task in enumerate(scores.tasks):
+        columns |= {f"logged_{task}": pa.array(scores.logged[:, place], from_pandas=True)}
+        columns |= {f"replayed_{task}": pa.array(scores.replayed[:, place])}
+    return pa.table(columns)
 
 
 def _worst(keys: KeyTable, places: Ints, scores: PairedScores) -> list[dict[str, Any]]:

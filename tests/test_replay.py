@@ -14,7 +14,7 @@ import pytest
 from mlenv.cli import main
 from mlenv.errors import DONE, GATE, WRONG_INPUT, MlenvError
 from mlenv.logged_features import encode_logged
-from mlenv.replay import PAGE_FILE, REPLAY_FILE, ReplayOptions, replay
+from mlenv.replay import PAGE_FILE, REPLAY_FILE, ROWS_FILE, ReplayOptions, replay
 from mlenv.serving.served_log import ServedLog
 from mlenv.stored_scorer import HeldOut, StoredScorer, open_scorer, rows_for
 
@@ -115,6 +115,11 @@ def test_the_command_names_the_feature_and_says_no(skewed, stored_ranker, tmp_pa
     assert "conversion" not in said
     plain = json.loads((tmp_path / "out" / REPLAY_FILE).read_text())
     assert plain["num_blamed"] == 100
+    by_row = pl.read_parquet(tmp_path / "out" / ROWS_FILE)
+    assert by_row.columns == ["served_request_id", "logged_click", "replayed_click"]
+    assert by_row["served_request_id"].to_list() == skewed["impression_id"].to_list()  # in the order of the log
+    assert by_row["logged_click"].to_list() == pytest.approx(skewed["prediction_click"].to_list())
+    assert (by_row["logged_click"] - by_row["replayed_click"]).abs().mean() == pytest.approx(plain["overall"][0]["apart"])
     page = (tmp_path / "out" / PAGE_FILE).read_text()
     assert "Features behind the difference" in page
     assert "served_request_id" in page
@@ -161,7 +166,7 @@ def test_wrong_input_is_named(scorer, skewed, stored_ranker, tmp_path, capsys):
     assert "expected predictions in ['prediction_click']. Received: 'none in any row'" in said(no_score)
     as_text = skewed.with_columns(pl.col("price").cast(pl.String))
     assert "column 'price': expected a number. Received: 'large_string'" in said(as_text)
-    assert "column 'tiem': expected the time of a row" in said(skewed, time="tiem")
+    assert "column 'clock': expected the time of a row" in said(skewed, time="clock")
     out_of_table = skewed.with_columns(pl.lit(10**6).alias("hour"))
     assert "row 0, column 'hour': expected an id in [0, 24). Received: 1000000" in said(out_of_table, None)
     assert main(["replay", str(tmp_path), "--logged", str(tmp_path / "log.parquet")]) == WRONG_INPUT
