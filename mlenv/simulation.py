@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Final, get_args
@@ -261,11 +261,10 @@ def _scenarios(schema: Schema, held: HeldRows, corruptions: Corruptions, options
 
 
 def _groups(schema: Schema, options: SimulationOptions) -> dict[str, frozenset[str]]:
-    """All features of each entity, and what the options name; of the features that are asked for."""
-    wanted: Collection[str] = options.features or schema.features
-    groups = {name: features for name, features in feature_groups(schema).items() if not name.startswith("core feature ")}
-    groups |= {name: frozenset(features) for name, features in options.groups.items()}
-    return {name: features for name, features in groups.items() if features <= set(wanted)}
+    """All features of each entity, where all of them are asked for, and what the options name."""
+    wanted = set(options.features or schema.features)
+    whole = {name: group for name, group in feature_groups(schema).items() if not name.startswith("core feature ") and group <= wanted}
+    return whole | {name: frozenset(features) for name, features in options.groups.items()}
 
 
 def _scored(scorer: StoredScorer, batch: Batch) -> Floats:

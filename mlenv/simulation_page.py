@@ -54,7 +54,7 @@ def _stability_chart(simulation: Simulation) -> Chart:
 
 def _stability(simulation: Simulation) -> Table:
     tasks = list(simulation.whole)
-    found = {(effect.subject, effect.task): effect for effect in simulation.effects if effect.kind == "missing"}
+    found = {(effect.subject, effect.task): effect for effect in simulation.effects if effect.kind == "missing" and not effect.is_group}
     rows = []
     for feature, score in simulation.stability.items():
         effects = [found[feature, task] for task in tasks]

@@ -114,7 +114,18 @@ def test_models_that_were_prepared_for_nulls_lose_less(tiny_config, tmp_path):
 
 
 def test_the_command_writes_figures_and_a_page(stored_ranker, tmp_path, capsys):
-    narrow = ["--features", "price,placement", "--kinds", "missing,scaled", "--resamples", "5", "--rows", "500"]
+    narrow = [
+        "--features",
+        "price,placement",
+        "--kinds",
+        "missing,scaled",
+        "--resamples",
+        "5",
+        "--rows",
+        "500",
+        "--group",
+        "store=price,device",
+    ]
     assert main(["simulate", str(stored_ranker), *narrow, "--out", str(tmp_path / "out")]) == DONE
     assert "stability of placement when it is missing in 20% of the rows" in capsys.readouterr().out
     plain = json.loads((tmp_path / "out" / SIMULATION_FILE).read_text())
@@ -123,6 +134,8 @@ def test_the_command_writes_figures_and_a_page(stored_ranker, tmp_path, capsys):
         ("price", "missing"),
         ("price", "scaled"),
         ("placement", "missing"),
+        ("store", "missing"),
+        ("store", "missing at peak"),
     }
     assert plain["notes"] == []
     page = (tmp_path / "out" / PAGE_FILE).read_text()

@@ -19,8 +19,8 @@ _SHOWN: Final = 10
 
 def add_replay_commands(verbs: argparse._SubParsersAction[argparse.ArgumentParser], verb: Callable[..., argparse.ArgumentParser]) -> None:
     """Adds them to the command line; ``verb`` makes one."""
-    text = "Compare scores of a log with those that a stored model gives on the features in it, or on rows that --path, --start or --end name; "
-    text += "exit code 3 when more rows differ than may."
+    text = "Compare scores of a log with those that a stored model gives on the log's features, or on rows that --path, --start or --end "
+    text += "name; exit code 3 when more rows differ than may."
     made = verb(verbs, "replay", _replay, text)
     made.add_argument("model", help="output folder, checkpoint or model that MLflow keeps")
     made.add_argument("--logged", required=True, metavar="LOG", help="Parquet log with the row key and the score, and the features served")
