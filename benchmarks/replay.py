@@ -25,7 +25,7 @@ from mlenv.datasets.kuairand import convert_kuairand
 from mlenv.experiment import Experiment
 from mlenv.loops.fit import fit
 from mlenv.parquet_log import key_from
-from mlenv.replay import ReplayOptions, replay
+from mlenv.score_replay import ReplayOptions, replay_scores
 from mlenv.simulation import Simulation, SimulationOptions, simulate
 from mlenv.skew import SkewOptions, find_skew
 from mlenv.stored_scorer import StoredScorer, open_scorer, rows_for
@@ -57,7 +57,7 @@ def measure(folder: Path) -> Result:
     served = _serve(example, data, folder / "served.parquet")
     options = SkewOptions(key=key_from(["impression_id"]), entities=("user_id", "video_id"), time="event_time")
     skew = find_skew(str(served), str(data), options)
-    replayed = replay(example, "example", str(served), rows_for(example), ReplayOptions())
+    replayed = replay_scores(example, "example", str(served), rows_for(example), ReplayOptions())
     is_first = [one.feature for one in skew.features[:2]] == [SCALED, STALE] and len(skew.above) == 2
     skew_rows = [[one.feature, f"{one.differs:.2%}", f"{one.score:.4f}", one.guess] for one in skew.features[:3]]
     blames = [

@@ -77,7 +77,7 @@ def _pairs(texts: list[str], option: str, form: str) -> dict[str, str]:
 
 def _replay(options: argparse.Namespace) -> int:
     from mlenv.parquet_log import key_from
-    from mlenv.replay import ReplayOptions, replay, write_replay
+    from mlenv.score_replay import ReplayOptions, replay_scores, write_replay
 
     wanted = ReplayOptions(
         key=key_from(options.key),
@@ -94,7 +94,7 @@ def _replay(options: argparse.Namespace) -> int:
         return DONE
     _check_folder(options.out)
     scorer = _opened(options)
-    found = replay(scorer, options.model, options.logged, rows_from(options, scorer) if are_named else None, wanted)
+    found = replay_scores(scorer, options.model, options.logged, rows_from(options, scorer) if are_named else None, wanted)
     for one in found.overall:
         print(
             f"{one.task.ljust(12)}  {one.differs:.2%} of {one.num_rows:,} rows differ, mean {one.apart:.2e}, largest {one.largest:.2e}; "

@@ -7,8 +7,8 @@ from typing import Final
 
 from mlenv.charts import NEUTRAL, Chart, Series, dot_chart, line_chart
 from mlenv.page import Cell, Table, render
-from mlenv.replay import Replay
 from mlenv.score_parity import Parity
+from mlenv.score_replay import Replay
 
 _MAX_CHARTED: Final = 20
 
@@ -27,7 +27,7 @@ def render_replay(found: Replay) -> str:
     facts["a difference"] = f"more than {options.tolerance:g} between two predictions"
     facts["may differ"] = f"{options.limit:.2%} of the rows"
     return render(
-        "replay.html.j2",
+        "score_replay.html.j2",
         found=found,
         facts=facts,
         mark="held" if found.is_above else "pass",

@@ -114,7 +114,7 @@ class _Side:
     """Segments and the time of the event, those that there are."""
 
 
-def replay(scorer: StoredScorer, model: str, logged: str, rows: HeldOut | None, options: ReplayOptions) -> Replay:
+def replay_scores(scorer: StoredScorer, model: str, logged: str, rows: HeldOut | None, options: ReplayOptions) -> Replay:
     """
     Args:
         model: name, for people.
@@ -171,7 +171,7 @@ def replay(scorer: StoredScorer, model: str, logged: str, rows: HeldOut | None, 
 
 def write_replay(found: Replay, folder: Path) -> Path:
     """Writes ``replay.json``, ``rows.parquet`` and the page; gives back the page's path."""
-    from mlenv.replay_page import render_replay
+    from mlenv.score_replay_page import render_replay
 
     folder.mkdir(exist_ok=True)
     write_whole(json.dumps(found.to_plain(), indent=1, default=str), folder / REPLAY_FILE)

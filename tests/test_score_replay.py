@@ -14,7 +14,7 @@ import pytest
 from mlenv.cli import main
 from mlenv.errors import DONE, GATE, WRONG_INPUT, MlenvError
 from mlenv.logged_features import encode_logged
-from mlenv.replay import PAGE_FILE, REPLAY_FILE, ROWS_FILE, ReplayOptions, replay
+from mlenv.score_replay import PAGE_FILE, REPLAY_FILE, ROWS_FILE, ReplayOptions, replay_scores
 from mlenv.serving.served_log import ServedLog
 from mlenv.stored_scorer import HeldOut, StoredScorer, open_scorer, rows_for
 
@@ -68,14 +68,14 @@ def test_the_log_of_a_server_agrees_with_its_model(scorer, rows, stored_ranker, 
     assert len({one["group"] for one in plain["hours"]}) in (1, 2)  # now, and perhaps the clock struck
     # With a row key it is held against the rows of the data set.
     served.write_parquet(tmp_path / "log.parquet")
-    found = replay(scorer, "ranker", str(tmp_path / "log.parquet"), rows_for(scorer, start="2026-01-03"), ReplayOptions())
+    found = replay_scores(scorer, "ranker", str(tmp_path / "log.parquet"), rows_for(scorer, start="2026-01-03"), ReplayOptions())
     assert (found.num_common, found.blames, found.is_above) == (2000, [], False)
     assert max(one.largest for one in found.overall) < 1e-6
 
 
 def test_the_features_behind_a_difference_are_found(scorer, rows, skewed, ads, tmp_path):
     skewed.drop("is_cheap").write_parquet(tmp_path / "log.parquet")
-    found = replay(scorer, "ranker", str(tmp_path / "log.parquet"), rows_for(scorer, start="2026-01-03"), ReplayOptions())
+    found = replay_scores(scorer, "ranker", str(tmp_path / "log.parquet"), rows_for(scorer, start="2026-01-03"), ReplayOptions())
     assert (found.num_logged, found.num_replayed, found.num_common) == (1600, 2000, 1600)
     # By hand: the same values, scored as they were logged for training.
     joined = skewed.join(as_served(scorer, rows).select("impression_id", now="prediction_click", placement="placement"), on="impression_id")
@@ -133,12 +133,14 @@ def test_scores_of_another_model_are_no_feature_s_fault(scorer, rows, tmp_path):
     log = as_served(scorer, rows).with_columns(pl.col("prediction_click") * 0.9, pl.lit(None, pl.Float32).alias("prediction_conversion"))
     log = log.with_columns(pl.when(pl.col("impression_id") % 2 == 0).then("prediction_click").alias("prediction_click"))
     log.write_parquet(tmp_path / "log.parquet")
-    found = replay(scorer, "ranker", str(tmp_path / "log.parquet"), rows_for(scorer, start="2026-01-03"), ReplayOptions(tolerance=1e-3))
+    found = replay_scores(
+        scorer, "ranker", str(tmp_path / "log.parquet"), rows_for(scorer, start="2026-01-03"), ReplayOptions(tolerance=1e-3)
+    )
     assert found.num_without_score == (rows["impression_id"] % 2 == 1).sum()
     assert found.overall[0].logged == pytest.approx(0.9 * found.overall[0].replayed, rel=1e-4)
     assert [one.task for one in found.overall] == ["click"]
     assert all(abs(one.explained) < 1e-6 for one in found.blames)
-    on_itself = replay(scorer, "ranker", str(tmp_path / "log.parquet"), None, ReplayOptions())
+    on_itself = replay_scores(scorer, "ranker", str(tmp_path / "log.parquet"), None, ReplayOptions())
     assert on_itself.overall[0].apart == pytest.approx(found.overall[0].apart, rel=1e-4)
     assert on_itself.notes == ["the features are those of the log: what differs is the model, its version, or how the server reads values"]
 
@@ -149,7 +151,7 @@ def test_wrong_input_is_named(scorer, skewed, stored_ranker, tmp_path, capsys):
     def said(frame: pl.DataFrame, rows: HeldOut | None = day, **options: Any) -> str:
         frame.write_parquet(tmp_path / "log.parquet")
         with pytest.raises(MlenvError) as caught:
-            replay(scorer, "ranker", str(tmp_path / "log.parquet"), rows, ReplayOptions(**options))
+            replay_scores(scorer, "ranker", str(tmp_path / "log.parquet"), rows, ReplayOptions(**options))
         return str(caught.value)
 
     assert "column 'impression_id': expected a column of the row key. Received: 'no such column'" in said(skewed.drop("impression_id"))
