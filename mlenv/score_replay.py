@@ -235,7 +235,7 @@ def _replay_log(scorer: StoredScorer, log: ParquetLog, keys: KeyTable, available
 
 
 def _replay_rows(scorer: StoredScorer, rows: HeldOut, key: Sequence[KeyColumn]) -> _Side:
-    source = scorer.source(rows, _carrying(scorer.schema, key))
+    source = scorer.source(rows, _carrying(scorer.schema, key), has_labels=False)
     metadata, parts = [], []
     for batch in source.batches():
         metadata.append(batch.metadata)
@@ -314,7 +314,7 @@ def _blames(
     table = pa.table({name: log.read([name]).column(0).take(pa.array(here)) for name in _columns(scorer.schema, features)})
     served = encode_logged(table, scorer.schema, [], f"--logged {log.path}, rows that differ")
     own, first = [], 0
-    for batch in scorer.source(rows, _carrying(scorer.schema, key)).batches():
+    for batch in scorer.source(rows, _carrying(scorer.schema, key), has_labels=False).batches():
         wanted = there[(there >= first) & (there < first + len(batch))] - first
         if len(wanted):
             own.append(take_rows(batch, torch.from_numpy(wanted)))

@@ -5,13 +5,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from mlenv.commands.rows import add_rows, rows_from
 from mlenv.errors import DONE, GATE, ConfigError
-
-if TYPE_CHECKING:
-    from mlenv.stored_scorer import StoredScorer
 
 _SHOWN: Final = 10
 """Lines of a list on the screen; the page has all."""
@@ -93,7 +90,9 @@ def _replay(options: argparse.Namespace) -> int:
         print(f"would compare the scores of {options.logged} with those of {options.model} on {on}")
         return DONE
     _check_folder(options.out)
-    scorer = _opened(options)
+    from mlenv.stored_scorer import open_scorer
+
+    scorer = open_scorer(options.model, options.uri)
     found = replay_scores(scorer, options.model, options.logged, rows_from(options, scorer) if are_named else None, wanted)
     for one in found.overall:
         print(
@@ -129,7 +128,9 @@ def _simulate(options: argparse.Namespace) -> int:
         print(f"would corrupt {wanted.share:.0%} of the rows of {options.model}: {', '.join(wanted.kinds)}")
         return DONE
     _check_folder(options.out)
-    scorer = _opened(options)
+    from mlenv.stored_scorer import open_scorer
+
+    scorer = open_scorer(options.model, options.uri)
     found = simulate(scorer, options.model, rows_from(options, scorer), wanted)
     for task, figures in found.whole.items():
         print(f"{task.ljust(12)}  AUC {figures['auc']:.4f}, calibration {figures['calibration']:.4f} with every feature as it is")
@@ -168,15 +169,6 @@ def _skew(options: argparse.Namespace) -> int:
     if options.out is not None:
         print(f"page     {write_skew(found, options.out)}")
     return GATE if found.above else DONE
-
-
-def _opened(options: argparse.Namespace) -> StoredScorer:
-    """The model that is named; a server that is away is an error at once, and not after minutes of trying."""
-    from mlenv.stored_scorer import open_scorer
-    from mlenv.tracking import prepare_environment
-
-    prepare_environment()
-    return open_scorer(options.model, options.uri)
 
 
 def _check_folder(folder: Path | None) -> None:
