@@ -66,9 +66,12 @@ def test_the_log_of_a_server_agrees_with_its_model(scorer, rows, stored_ranker, 
     assert max(one["largest"] for one in plain["overall"]) < 1e-6
     assert all(set(one["key"]) == {"served_request_id", "served_row"} for one in plain["worst"])
     assert len({one["group"] for one in plain["hours"]}) in (1, 2)  # now, and perhaps the clock struck
-    # With a row key it is held against the rows of the data set.
+    # With a row key it is held against the rows of a data set, which need no labels.
     served.write_parquet(tmp_path / "log.parquet")
-    found = replay_scores(scorer, "ranker", str(tmp_path / "log.parquet"), rows_for(scorer, start="2026-01-03"), ReplayOptions())
+    rows.drop("click", "conversion").write_parquet(tmp_path / "rows.parquet")
+    found = replay_scores(
+        scorer, "ranker", str(tmp_path / "log.parquet"), rows_for(scorer, str(tmp_path / "rows.parquet")), ReplayOptions()
+    )
     assert (found.num_common, found.blames, found.is_above) == (2000, [], False)
     assert max(one.largest for one in found.overall) < 1e-6
 
