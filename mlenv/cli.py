@@ -16,6 +16,7 @@ from mlenv.commands.monitoring import add_monitoring_commands
 from mlenv.commands.offline import add_offline_commands
 from mlenv.commands.prediction import add_prediction_commands
 from mlenv.commands.registry import add_registry_commands
+from mlenv.commands.replay import add_replay_commands
 from mlenv.commands.search import add_search_commands
 from mlenv.commands.serving import add_serving_commands
 from mlenv.commands.tracking import add_tracking_commands
@@ -88,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
         add_feature_commands,
         add_registry_commands,
         add_serving_commands,
+        add_replay_commands,
         add_monitoring_commands,
         add_offline_commands,
         add_tracking_commands,
