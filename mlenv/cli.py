@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 from mlenv.commands.data import add_data_commands
 from mlenv.commands.features import add_feature_commands
+from mlenv.commands.insight import add_insight_commands
 from mlenv.commands.jobs import add_job_commands
 from mlenv.commands.registry import add_registry_commands
 from mlenv.commands.search import add_search_commands
@@ -82,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
         add_job_commands,
         add_feature_commands,
         add_registry_commands,
+        add_insight_commands,
         add_serving_commands,
         add_tracking_commands,
     ):

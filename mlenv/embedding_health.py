@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
+import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -111,8 +112,8 @@ class _Uses:
         self.ids = {name: np.zeros((0, 2), np.int64) for name in self._hashing}
         """Each id of a hashing table once: what it is without collisions, and its row."""
 
-    def update(self, rows: object) -> None:
-        found, plain = (encode_features(rows, schema)[0] for schema in (self._schema, self._without_collisions))  # type: ignore[arg-type]
+    def update(self, rows: pa.RecordBatch) -> None:
+        found, plain = (encode_features(rows, schema)[0] for schema in (self._schema, self._without_collisions))
         pairs: dict[str, list[Ints]] = {}
         for key, bags, ids in zip(self._schema.sparse_keys, found, plain, strict=True):
             self.lookups[key.table] += np.bincount(bags.values, minlength=len(self.lookups[key.table]))

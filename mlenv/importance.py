@@ -153,16 +153,17 @@ def _slices(sample: RowSample, segments: Sequence[str]) -> tuple[list[Slice], li
         counted = np.flatnonzero(sample.weights[:, number].numpy() > 0)
         labels = sample.labels[counted, number].numpy()
         if problem := _too_few(labels):
-            notes.append(f"{task}: {problem} in the sample; not measured")
+            notes.append(f"{task}: {problem} in the sample")
             continue
         add(number, counted, [""], np.zeros(len(counted), np.int64))
         for column in segments:
             values, codes = _segment(sample.metadata, column, counted)
-            names, groups = [], np.full(len(counted), -1)
+            names: list[str] = []
+            groups = np.full(len(counted), -1)
             sizes = np.bincount(codes, minlength=len(values))
             for value in np.argsort(-sizes, kind="stable")[:MOST_VALUES]:
                 if problem := _too_few(labels[codes == value]):
-                    notes.append(f"{task}, {column}={values[value]}: {problem}; not measured")
+                    notes.append(f"{task}, {column}={values[value]}: {problem}")
                     continue
                 groups[codes == value] = len(names)
                 names.append(f"{column}={values[value]}")
