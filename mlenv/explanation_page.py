@@ -110,7 +110,7 @@ def health_table(healths: Sequence[TableHealth]) -> Table:
         "Never trained",
         "Dead",
         "Used here",
-        "Lookups of the top 1 %",
+        "Lookups of the top 1\N{NO-BREAK SPACE}%",
         "Lookups of untrained rows",
     ]
     rows = [

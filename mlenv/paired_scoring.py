@@ -149,7 +149,9 @@ def pair(challenger: Scored, champion: Scored | None, schema: Schema, champion_t
 
 
 def _joined(sides: Sequence[Scored], row_key: Sequence[str], least_common: float) -> list[Ints]:
-    """Places of the common rows on each side, in the order of the first."""
+    """Places of the common rows on each side, in the order of the first; all rows of one that is alone, whatever tells them apart."""
+    if len(sides) == 1 and not row_key:
+        return [np.arange(sides[0].metadata.num_rows)]
     frames = []
     for side, place in zip(sides, _PLACES, strict=False):
         frame = pl.DataFrame(pl.from_arrow(side.metadata.select(list(row_key)))).with_row_index(place)

@@ -1,4 +1,4 @@
-"""The commands that look into a stored model: ``mlenv explain``."""
+"""The commands that look into a stored model: ``mlenv explain`` and ``mlenv card``."""
 
 from __future__ import annotations
 
@@ -24,6 +24,17 @@ def add_insight_commands(verbs: argparse._SubParsersAction[argparse.ArgumentPars
     made.add_argument("--out", type=Path, help="folder for explanation.html, explanation.json and attributions.parquet")
     made.add_argument("--feature", action="append", default=[], metavar="NAME", help="look at this feature only; may be repeated")
     made.add_argument("--local", type=int, default=0, metavar="K", help="explain so many predictions one by one; needs --out")
+    _add_closeness(made)
+    add_rows(made)
+
+    text = (
+        "Write the card of a stored model: intended use, quality by segment, importance, robustness, tables, data, lineage, known limits."
+    )
+    made = verb(verbs, "card", _card, text)
+    made.add_argument("model", help=_MODEL)
+    made.add_argument("--out", type=Path, required=True, help="folder for model_card.html and model_card.json")
+    made.add_argument("--notes", type=Path, metavar="FILE", help="text that says what the model is for, and what not")
+    made.add_argument("--log-to-run", action="store_true", help="add the card to the training's run in MLflow")
     _add_closeness(made)
     add_rows(made)
 
@@ -64,6 +75,29 @@ def _explain(options: argparse.Namespace) -> int:
     print(explanation_text(found))
     if options.out is not None:
         print(f"page     {options.out / PAGE}")
+    return DONE
+
+
+def _card(options: argparse.Namespace) -> int:
+    wanted = _closeness(options)
+    notes = ""
+    if options.notes is not None:
+        try:
+            notes = options.notes.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError("--notes", expected="a text file", received=str(options.notes), fix=str(error)) from error
+    if options.dry_run:
+        print(f"would measure {options.model} on {options.path or 'the test window'}, and write its card to {options.out}")
+        return DONE
+    from mlenv.model_card import PAGE, log_card, write_card
+
+    where = {"path": options.path, "start": options.start, "end": options.end, "uri": options.uri}
+    page = write_card(options.model, options.out, wanted, notes=notes, **where)
+    for limit in page.limits:
+        print(f"limit    {limit}")
+    print(f"card     {options.out / PAGE}")
+    if options.log_to_run:
+        print(f"MLflow   {log_card(page, options.out)}")
     return DONE
 
 
