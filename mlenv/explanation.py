@@ -41,6 +41,8 @@ FIGURES: Final = "explanation.json"
 LOCAL: Final = "attributions.parquet"
 
 _BATCH_ROWS: Final = 1024
+_LOCAL_ROWS: Final = 32
+"""Explained together: they share the steps, which one of them may need."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +187,7 @@ def explain_rows(scorer: StoredScorer, sample: RowSample, options: InsightOption
     count = min(options.num_local, len(sample))
     chosen = torch.from_numpy(np.sort(np.random.default_rng(options.seed).choice(len(sample), count, replace=False)))
     tables = []
-    for rows in torch.split(chosen, _BATCH_ROWS):
+    for rows in torch.split(chosen, _LOCAL_ROWS):
         batch = sample.take(rows)
         found = attributor.explain(batch)
         if (worst := float(found.gaps.max())) > TOLERANCE:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import NormalDist
 from typing import Final
@@ -11,7 +11,9 @@ import numpy as np
 import pyarrow as pa
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
+from mlenv.batch import Batch
 from mlenv.bootstrap import Floats, Ints, TaskRows, resample, spread
 from mlenv.datasets.segments import segment_texts
 from mlenv.errors import DataError
@@ -19,7 +21,6 @@ from mlenv.missing_features import feature_groups
 from mlenv.paired_scoring import codes_of_requests
 from mlenv.row_sample import RowSample
 from mlenv.schema import Schema
-from mlenv.stored_scorer import StoredScorer
 
 METRICS: Final = {"auc": 1.0, "normalized_entropy": -1.0}
 """What is measured, and whether more of it is better."""
@@ -86,7 +87,7 @@ def permutations(num_rows: int, num_repeats: int, seed: int) -> list[Ints]:
 
 
 def permutation_importance(
-    scorer: StoredScorer,
+    predict: Callable[[Batch], Tensor],
     sample: RowSample,
     features: Mapping[str, frozenset[str]],
     orders: Sequence[Ints],
@@ -96,6 +97,7 @@ def permutation_importance(
 ) -> tuple[list[Importance], list[str]]:
     """
     Args:
+        predict: gives predictions, ``(batch, tasks)``, such as a ``StoredScorer``.
         features: what is dealt out together, by name.
         orders: by which rows take the values of others, one for each repeat; two or more.
         segments: columns of the metadata.
@@ -110,10 +112,10 @@ def permutation_importance(
     Useful", JMLR 2019, arXiv:1801.01489.
     """
     slices, notes = _slices(sample, segments)
-    whole = _measure(_score(scorer, sample), slices, num_draws)
+    whole = _measure(_score(predict, sample), slices, num_draws)
     found: list[Importance] = []
     for name, some in features.items():
-        repeats = [_measure(_score(scorer, sample, some, order), slices, num_draws) for order in orders]
+        repeats = [_measure(_score(predict, sample, some, order), slices, num_draws) for order in orders]
         found += _losses(name, len(some) > 1, sample.schema.tasks, slices, whole, repeats)
     return found, notes
 
@@ -132,9 +134,11 @@ _Measured = list[dict[str, tuple[Floats, Floats]]]
 """By slice and metric: the values, ``(groups,)``, and those of the draws, ``(draws, groups)``."""
 
 
-def _score(scorer: StoredScorer, sample: RowSample, features: frozenset[str] = frozenset(), order: Ints | None = None) -> Floats:
+def _score(
+    predict: Callable[[Batch], Tensor], sample: RowSample, features: frozenset[str] = frozenset(), order: Ints | None = None
+) -> Floats:
     places = None if order is None else torch.from_numpy(order)
-    parts = [scorer(batch) for batch in sample.batches(_BATCH_ROWS, features, places)]
+    parts = [predict(batch) for batch in sample.batches(_BATCH_ROWS, features, places)]
     predictions: Floats = torch.cat(parts).double().numpy()
     return predictions
 

@@ -158,7 +158,7 @@ def _figure(page: CardPage, task: str, metric: str, segment: str) -> Cell:
     value = page.metrics.get(f"{task}/{metric}" + (f"@{segment}" if segment else ""), math.nan)
     one = _found(page, task, metric, segment)
     notes = [] if one is None else [f"{format_figure(metric, one.low)} to {format_figure(metric, one.high)}"]
-    off = metric == "calibration" and not math.isnan(value) and not 0.9 <= value <= 1.1
+    off = metric == "calibration" and one is not None and (one.low > 1.1 or one.high < 0.9)
     return Cell(format_figure(metric, value), notes, "off" if off else "")
 
 
