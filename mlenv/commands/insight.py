@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlenv.commands.rows import add_rows
-from mlenv.errors import DONE, ConfigError
+from mlenv.errors import DONE, ConfigError, check_at_least
 
 if TYPE_CHECKING:
     from mlenv.explanation import Explanation, InsightOptions
@@ -47,18 +47,18 @@ def _add_closeness(made: argparse.ArgumentParser) -> None:
 
 
 def _closeness(options: argparse.Namespace, *, features: tuple[str, ...] = (), num_local: int = 0) -> InsightOptions:
-    from mlenv.errors import placed_under
     from mlenv.explanation import InsightOptions
 
-    with placed_under("options"):
-        return InsightOptions(
-            num_rows=options.rows,
-            num_repeats=options.repeats,
-            features=features,
-            segments=tuple(options.segment),
-            num_local=num_local,
-            seed=options.seed,
-        )
+    for name, value, least in (("--rows", options.rows, 1), ("--repeats", options.repeats, 2), ("--local", num_local, 0)):
+        check_at_least(name, value, least)
+    return InsightOptions(
+        num_rows=options.rows,
+        num_repeats=options.repeats,
+        features=features,
+        segments=tuple(options.segment),
+        num_local=num_local,
+        seed=options.seed,
+    )
 
 
 def _explain(options: argparse.Namespace) -> int:
