@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from mlenv.commands.data import add_data_commands
+from mlenv.commands.doctor import add_doctor_commands
 from mlenv.commands.features import add_feature_commands
 from mlenv.commands.insight import add_insight_commands
 from mlenv.commands.jobs import add_job_commands
@@ -86,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
         add_insight_commands,
         add_serving_commands,
         add_tracking_commands,
+        add_doctor_commands,
     ):
         add(verbs, verb)
     return parser
