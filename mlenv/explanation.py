@@ -122,11 +122,12 @@ def explain(
         check_parent(out)
     with opened(name, uri) as (checkpoint, scorer):
         rows = rows_for(scorer, path, start, end)
+        attributor = Attributor(scorer.model, scorer.schema) if options.num_local else None  # refused before the long work
         with closing(source_of(scorer, rows, options)) as source:
             sample = read_sample(source, options.num_rows, options.seed)
             insight = gain_insight(scorer, rows, sample, options)
             healths = table_healths(scorer.model, checkpoint, source)
-            local = explain_rows(scorer, sample, options) if options.num_local else None
+            local = None if attributor is None else explain_rows(scorer, attributor, sample, options)
     if out is not None:
         out.mkdir(exist_ok=True)
         if local is not None:
@@ -181,9 +182,9 @@ def gain_insight(scorer: StoredScorer, rows: HeldOut, sample: RowSample, options
     )
 
 
-def explain_rows(scorer: StoredScorer, sample: RowSample, options: InsightOptions) -> pa.Table:
+def explain_rows(scorer: StoredScorer, attributor: Attributor, sample: RowSample, options: InsightOptions) -> pa.Table:
     """Attributions of some rows of the sample, any as likely as any other."""
-    attributor, schema = Attributor(scorer.model, scorer.schema), scorer.schema
+    schema = scorer.schema
     count = min(options.num_local, len(sample))
     chosen = torch.from_numpy(np.sort(np.random.default_rng(options.seed).choice(len(sample), count, replace=False)))
     tables = []

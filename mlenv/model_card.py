@@ -74,7 +74,7 @@ def write_card(
         with closing(source_of(scorer, rows, options)) as source:
             logger.info("scoring %s rows of %s", f"{source.num_stored_rows:,}", rows.path)
             scored = score(scorer, source, gates)
-            alone = _with_rows(pair(scored, None, source.schema, (), 0.0))
+            alone = _with_rows(pair(scored, None, replace(source.schema, row_key=()), (), 0.0))  # nothing is joined
             insight = gain_insight(scorer, rows, read_sample(source, options.num_rows, options.seed), options)
             healths = table_healths(scorer.model, checkpoint, source)
             figures = measure(alone, gates)

@@ -198,7 +198,7 @@ def test_the_card_of_a_version_says_where_it_comes_from(work: tuple[Path, Server
     assert code == DONE, said
     assert f"MLflow   runs:/{version.run_id}/model card" in said
     text = (folder / "card" / CARD_PAGE).read_text()
-    for part in ("ranker version 2", version.run_id, "models:/ranker/1", "ranker:1", version.tags["data.train fingerprint"]):
+    for part in ("ranker version 2", version.run_id, "models:/ranker/1", "ranker:1", version.tags["train window"]):
         assert part in text, part
     kept = {file.path for file in Registry(server.uri).client.list_artifacts(version.run_id, "model card")}
     assert kept == {"model card/model_card.html", "model card/model_card.json"}
