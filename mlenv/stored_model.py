@@ -24,6 +24,7 @@ from mlenv.loops.training_state import model_tensors
 from mlenv.mlflow_outbox import absolute_uri
 from mlenv.modules import TorchEmbeddings
 from mlenv.schema import Schema
+from mlenv.tracking import prepare_environment
 
 Sections = TypeVar("Sections")
 
@@ -88,6 +89,7 @@ def build_stored_model(checkpoint: Path, sections: ModelSections, device: torch.
 
 
 def _download(uri: str, tracking_uri: str, key: str, into: Path | None) -> Path:
+    prepare_environment()
     import mlflow
 
     with _mlflow_at(absolute_uri(tracking_uri)):
