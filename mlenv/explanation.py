@@ -26,12 +26,12 @@ from mlenv.embedding_health import TableHealth, table_healths
 from mlenv.errors import ConfigError, check_at_least, nearest
 from mlenv.explanation_page import ExplanationPage, render_explanation
 from mlenv.importance import Importance, groups_to_permute, permutation_importance, permutations, rank_correlation
-from mlenv.mlflow_store import store_uri
+from mlenv.mlflow_store import open_store, store_uri
 from mlenv.modules import Representation
 from mlenv.page import write_whole
 from mlenv.row_sample import RowSample, read_sample
 from mlenv.schema import Schema
-from mlenv.stored_model import find_checkpoint
+from mlenv.stored_model import MLFLOW_SCHEMES, find_checkpoint
 from mlenv.stored_scorer import HeldOut, StoredScorer, rows_for
 
 logger = logging.getLogger(__name__)
@@ -98,8 +98,10 @@ def opened(name: str, uri: str = "") -> Iterator[tuple[Path, StoredScorer]]:
     """The checkpoint and the scorer of a stored model; what is downloaded goes away at the end.
 
     Raises:
-        ConfigError, CheckpointError: see ``open_scorer``.
+        ConfigError, DataError, CheckpointError: see ``open_scorer``.
     """
+    if name.startswith(MLFLOW_SCHEMES):
+        open_store(store_uri(uri))  # where there is none, the look-up would make one
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = find_checkpoint(name, store_uri(uri), "MODEL", Path(folder))
         yield checkpoint, StoredScorer(checkpoint)

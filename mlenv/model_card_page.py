@@ -193,13 +193,11 @@ def _chart(page: CardPage, metric: str, task: str, segments: Sequence[str]) -> C
     if not found:
         return None
     ends = [(end, row) for row, one in enumerate(found) for end in (one.low, one.high)]
-    overall = page.metrics.get(f"{task}/{metric}", math.nan)
-    level = (
-        Series("calibrated", [(1.0, 0)], NEUTRAL, "level") if metric == "calibration" else Series("all rows", [(overall, 0)], 0, "level")
-    )
+    color, overall = page.schema.tasks.index(task), page.metrics.get(f"{task}/{metric}", math.nan)
+    is_calibration = metric == "calibration"
+    level = Series("calibrated", [(1.0, 0)], NEUTRAL, "level") if is_calibration else Series("all rows", [(overall, 0)], color, "level")
     values = [value for value, _ in ends] + [level.points[0][0]]
     margin = 0.05 * (max(values) - min(values)) or 0.01
-    color = page.schema.tasks.index(task)
     series = [
         Series("interval", ends, NEUTRAL, "dots"),
         Series(task, [(one.value, row) for row, one in enumerate(found)], color, "dots"),

@@ -24,11 +24,10 @@ from mlenv.loops.training_state import model_tensors
 from mlenv.mlflow_outbox import absolute_uri
 from mlenv.modules import TorchEmbeddings
 from mlenv.schema import Schema
-from mlenv.tracking import prepare_environment
 
 Sections = TypeVar("Sections")
 
-_MLFLOW = ("runs:/", "models:/", "mlflow-artifacts:/")
+MLFLOW_SCHEMES = ("runs:/", "models:/", "mlflow-artifacts:/")
 
 
 def find_checkpoint(name: str, tracking_uri: str, key: str, into: Path | None = None) -> Path:
@@ -42,7 +41,7 @@ def find_checkpoint(name: str, tracking_uri: str, key: str, into: Path | None = 
     Raises:
         ConfigError: there is none.
     """
-    folder = _download(name, tracking_uri, key, into) if name.startswith(_MLFLOW) else Path(name)
+    folder = _download(name, tracking_uri, key, into) if name.startswith(MLFLOW_SCHEMES) else Path(name)
     if (folder / MANIFEST).is_file():
         return folder
     checkpoints = list_checkpoints(folder / BEST_FOLDER) or list_checkpoints(folder / CHECKPOINT_FOLDER)
@@ -89,7 +88,6 @@ def build_stored_model(checkpoint: Path, sections: ModelSections, device: torch.
 
 
 def _download(uri: str, tracking_uri: str, key: str, into: Path | None) -> Path:
-    prepare_environment()
     import mlflow
 
     with _mlflow_at(absolute_uri(tracking_uri)):
