@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from mlenv.commands.data import add_data_commands
 from mlenv.commands.doctor import add_doctor_commands
 from mlenv.commands.features import add_feature_commands
+from mlenv.commands.insight import add_insight_commands
 from mlenv.commands.jobs import add_job_commands
 from mlenv.commands.monitoring import add_monitoring_commands
 from mlenv.commands.offline import add_offline_commands
@@ -88,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
         add_job_commands,
         add_feature_commands,
         add_registry_commands,
+        add_insight_commands,
         add_serving_commands,
         add_replay_commands,
         add_monitoring_commands,

@@ -140,7 +140,7 @@ def pair(challenger: Scored, champion: Scored | None, schema: Schema, champion_t
     """
     places = _joined([challenger] if champion is None else [challenger, champion], schema.row_key, least_common)
     metadata = challenger.metadata.take(pa.array(places[0]))
-    requests = _codes(metadata, schema.request)
+    requests = codes_of_requests(metadata, schema.request)
     tasks, segments = {}, {}
     for place, task in enumerate(schema.tasks):
         weights = challenger.weights[places[0], place]
@@ -156,7 +156,9 @@ def pair(challenger: Scored, champion: Scored | None, schema: Schema, champion_t
 
 
 def _joined(sides: Sequence[Scored], row_key: Sequence[str], least_common: float) -> list[Ints]:
-    """Places of the common rows on each side, in the order of the first."""
+    """Places of the common rows on each side, in the order of the first; all rows of one that is alone, whatever tells them apart."""
+    if len(sides) == 1 and not row_key:
+        return [np.arange(sides[0].metadata.num_rows)]
     frames = []
     for side, place in zip(sides, _PLACES, strict=False):
         frame = pl.DataFrame(pl.from_arrow(side.metadata.select(list(row_key)))).with_row_index(place)
@@ -177,7 +179,7 @@ def _joined(sides: Sequence[Scored], row_key: Sequence[str], least_common: float
     return [common[place].to_numpy().astype(np.int64) for place in _PLACES]
 
 
-def _codes(metadata: pa.Table, request: str) -> Ints:
+def codes_of_requests(metadata: pa.Table, request: str) -> Ints:
     """Number of the request of each row; a row without one is a request by itself."""
     if not request:
         return np.arange(metadata.num_rows)

@@ -32,6 +32,7 @@ from mlenv.config import WindowConfig
 from mlenv.errors import DONE, GATE, WRONG_INPUT, ConfigError
 from mlenv.loops.calibration import CALIBRATORS_FILE, Calibrator, calibrators_to_json
 from mlenv.loops.checkpoint import add_document
+from mlenv.model_card import PAGE as CARD_PAGE
 from mlenv.modules import AffineCalibrator, SegmentCalibrator
 from mlenv.paired_scoring import check_row_key
 from mlenv.promotion import PAGE, VERDICT
@@ -357,6 +358,24 @@ def invoke(port: int, rows: list[dict[str, Any]]) -> tuple[int, dict[str, Any]]:
         connection.request("POST", "/invocations", json.dumps({"dataframe_records": rows}), {"Content-Type": "application/json"})
         response = connection.getresponse()
         return response.status, json.loads(response.read())
+
+
+def test_the_card_of_a_version_says_where_it_comes_from(work: tuple[Path, Server], run: Run) -> None:
+    folder, server = work
+    run("register", "weak", "--name", "ranker")
+    run("register", "better", "--name", "ranker")
+    version = Registry(server.uri).version("ranker", "2")
+    code, said = run("card", "models:/ranker/2", "--out", "card", "--rows", "100", "--repeats", "2", "--log-to-run")
+    assert code == DONE, said
+    assert f"MLflow   runs:/{version.run_id}/model card" in said
+    text = (folder / "card" / CARD_PAGE).read_text()
+    for part in ("ranker version 2", version.run_id, "models:/ranker/1", "ranker:1", version.tags["train window"]):
+        assert part in text, part
+    kept = {file.path for file in Registry(server.uri).client.list_artifacts(version.run_id, "model card")}
+    assert kept == {"model card/model_card.html", "model card/model_card.json"}
+    assert run("card", "better", "--out", "again", "--rows", "100", "--repeats", "2")[0] == DONE
+    assert "ranker version 2" in (folder / "again" / CARD_PAGE).read_text()
+    assert "expected a model that MLflow keeps" in run("card", "models:/ranker/9", "--out", "never")[1]
 
 
 def test_rows_that_cannot_be_joined_leave_the_champion(work: tuple[Path, Server], run: Run, ads: Path) -> None:
