@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+from mlenv.commands.ci import add_ci_commands
 from mlenv.commands.data import add_data_commands
 from mlenv.commands.doctor import add_doctor_commands
 from mlenv.commands.features import add_feature_commands
@@ -86,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
         add_serving_commands,
         add_tracking_commands,
         add_doctor_commands,
+        add_ci_commands,
     ):
         add(verbs, verb)
     return parser
