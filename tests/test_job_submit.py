@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import signal
 import socket
 import subprocess
 import sys
@@ -35,14 +36,14 @@ def cluster(tmp_path_factory) -> Iterator[tuple[str, dict[str, str]]]:
     command += [f"--port={port}", f"--dashboard-port={dashboard}", "--object-store-memory=100000000", "--disable-usage-stats"]
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / "token")}
     env = os.environ | token | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}  # the job finds mlenv
-    head = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    head = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     try:
         url = f"http://127.0.0.1:{dashboard}"
         wait_for(url, head)
         yield url, env
     finally:
-        head.terminate()
-        head.wait(timeout=60)
+        os.killpg(head.pid, signal.SIGKILL)  # an orderly end of a cluster takes half a minute
+        head.wait()
 
 
 def wait_for(url: str, head: subprocess.Popen[bytes]) -> None:
