@@ -13,6 +13,7 @@ from mlenv.commands.data import add_data_commands
 from mlenv.commands.doctor import add_doctor_commands
 from mlenv.commands.features import add_feature_commands
 from mlenv.commands.jobs import add_job_commands
+from mlenv.commands.model_repo import add_model_repo_commands
 from mlenv.commands.registry import add_registry_commands
 from mlenv.commands.search import add_search_commands
 from mlenv.commands.serving import add_serving_commands
@@ -88,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
         add_tracking_commands,
         add_doctor_commands,
         add_ci_commands,
+        add_model_repo_commands,
     ):
         add(verbs, verb)
     return parser
