@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import keyword
 import re
+import shlex
 import shutil
 import sys
 from importlib import metadata
+from importlib.machinery import PathFinder
 from pathlib import Path
 from string import Template
 from typing import Final
@@ -34,8 +35,8 @@ FILES: Final = {
 """Templates, whose names end in ``.template``, and the files that they become."""
 
 _NAME: Final = re.compile("[a-z][a-z0-9_]*")
-_TAKEN: Final = frozenset({"tests", "work"})
-"""Other folders of the repo."""
+_TAKEN: Final = frozenset({"mlenv", "tests", "work"})
+"""What the repo imports, and its other folders."""
 
 
 def make_model_repo(folder: Path, provider: str = "github") -> list[Path]:
@@ -74,15 +75,17 @@ def check_model_repo(folder: Path, provider: str) -> None:
         raise ConfigError("NAME", expected="a name for a Python package: small letters, digits and _", received=name, fix=fix)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise DataError(str(folder), expected="a new or an empty folder", received="one that holds files", fix="choose another name")
+    if not folder.absolute().parent.is_dir():
+        fix = f"mkdir -p {shlex.quote(str(folder.parent))}"
+        raise DataError(str(folder), expected="a folder whose parent exists", received=str(folder.parent), fix=fix)
     if name in _TAKEN or name in sys.stdlib_module_names or _is_installed(name):
         expected = "a name that no other package has"
         raise ConfigError("NAME", expected=expected, received=name, fix=f"name it {name}_ranker: two packages of one name hide each other")
 
 
 def _is_installed(name: str) -> bool:
-    """Whether Python finds a package of this name that is more than a folder somewhere."""
-    found = importlib.util.find_spec(name)
-    return found is not None and found.origin is not None
+    """Whether a package of this name is installed; one in the current folder is none."""
+    return PathFinder.find_spec(name, [place for place in sys.path if place.endswith(("site-packages", "dist-packages"))]) is not None
 
 
 def _write(folder: Path, name: str, provider: str) -> list[Path]:
