@@ -208,15 +208,16 @@ def accelerator_condition(*, is_needed: bool = False) -> Condition:
             fix = "install the build of torch for this GPU and this driver"
             return Condition("accelerator", "fail", f"{name} does not compute: {str(error).partition(chr(10))[0]}", fix)
         names.append(f"{name}, {memory / _GIB:.0f} GiB")
-    return judge_accelerator(torch.version.cuda or "", names, driver, is_needed=is_needed)
+    return judge_accelerator(torch.version.cuda or "", names, driver, is_needed=is_needed, least_driver=_least_driver())
 
 
-def judge_accelerator(cuda: str, gpus: Sequence[str], driver: str, *, is_needed: bool) -> Condition:
+def judge_accelerator(cuda: str, gpus: Sequence[str], driver: str, *, is_needed: bool, least_driver: str = "") -> Condition:
     """
     Args:
         cuda: version that torch was built with; empty for a build for CPUs.
         gpus: those that compute.
         driver: version of NVIDIA's, empty when there is none.
+        least_driver: the oldest that runs this CUDA, where it is known.
     """
     if gpus:
         count = f"{len(gpus)} x " if len(gpus) > 1 else ""
@@ -224,7 +225,8 @@ def judge_accelerator(cuda: str, gpus: Sequence[str], driver: str, *, is_needed:
     severity: Severity = "fail" if is_needed else "warn"
     if driver and cuda:
         found = f"none that torch can use, although there is a driver {driver}; torch is built for CUDA {cuda}"
-        return Condition("accelerator", severity, found, "take a newer driver, or start the container with its GPUs (--gpus all)")
+        newer = f"driver {least_driver} or newer" if least_driver else "a newer driver"
+        return Condition("accelerator", severity, found, f"take {newer}, or start the container with its GPUs (--gpus all)")
     if driver:
         return Condition("accelerator", severity, f"none used: a driver {driver}, but torch is built for CPUs", "install torch for CUDA")
     fix = "run where there is a GPU, or start the container with its GPUs (--gpus all)" if is_needed else ""
@@ -375,6 +377,12 @@ def _version(*names: str) -> str:
 def _install(name: str, is_wanted: bool) -> str:
     extra = "torchrec" if name == "fbgemm" else name
     return "pip install mlenv anew, or the packages of its lock" if is_wanted else f"pip install 'mlenv[{extra}]'"
+
+
+def _least_driver() -> str:
+    """What the table says about the torch that is installed."""
+    torch = installed_versions().get("torch")
+    return next((str(row.get("driver", "")) for row in compatible_versions() if row["torch"] == torch), "")
 
 
 def _driver() -> str:

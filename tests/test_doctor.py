@@ -89,6 +89,7 @@ def test_what_is_installed_here_goes_together():
 def test_an_accelerator_is_judged(cuda, gpus, driver, is_needed, severity, words):
     condition = judge_accelerator(cuda, gpus, driver, is_needed=is_needed)
     assert condition.severity == severity
+    assert "take driver 580 or newer" in judge_accelerator("13.0", [], "470.1", is_needed=is_needed, least_driver="580").fix
     assert words in f"{condition.found} {condition.fix}"
 
 
