@@ -52,8 +52,9 @@ class Stage:
 
     def __post_init__(self) -> None:
         check_at_least("timeout_minutes", self.timeout_minutes, 1)
-        if not self.steps or not all(step.strip() for step in self.steps):
-            raise ConfigError("steps", expected="at least one line for sh, and none that is empty", received=list(self.steps))
+        if not self.steps:
+            raise ConfigError("steps", expected="at least one line for sh", received=[])
+        _check_lines("steps", self.steps)
         if not self.when:
             raise ConfigError("when", expected=f"some of {', '.join(EVENTS)}", received=[])
         for event in self.when:
@@ -90,6 +91,7 @@ class Pipeline:
     """File of packages; what pip has downloaded is kept until it changes."""
 
     def __post_init__(self) -> None:
+        _check_lines("setup", self.setup)
         if problems := list(self._problems()):
             raise Problems("pipeline", problems)
 
@@ -111,6 +113,13 @@ class Pipeline:
             for needed in stage.needs:
                 yield from _needed_problems(f"stages.{name}.needs", stage, needed, before)
             before[name] = stage
+
+
+def _check_lines(key: str, steps: Sequence[str]) -> None:
+    for step in steps:
+        if not step.strip() or "\n" in step:
+            fix = "put further lines into steps of their own: all steps of a stage share one shell"
+            raise ConfigError(key, expected="one line for sh in each", received=step, fix=fix)
 
 
 def _needed_problems(key: str, stage: Stage, needed: str, before: dict[str, Stage]) -> Iterator[MlenvError]:

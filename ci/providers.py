@@ -31,6 +31,6 @@ PROVIDERS: Final = {
 
 def drift(text: str, file: Path) -> str:
     """The difference between a file and what it should be, as ``diff -u`` writes it; empty when there is none."""
-    there = file.read_text() if file.exists() else ""
+    there = file.read_text(errors="replace") if file.exists() else ""
     lines = difflib.unified_diff(there.splitlines(), text.splitlines(), str(file), f"{file} rendered", lineterm="")
     return "\n".join(lines)

@@ -31,7 +31,8 @@ def test_the_example_is_what_is_made(tmp_path: Path) -> None:
     """`make lint` holds the example to ruff and mypy --strict, and so what is made everywhere."""
     made = make_model_repo(tmp_path / "first_ranker")
     assert [path.as_posix() for path in made] == sorted(contents(EXAMPLE))
-    assert contents(tmp_path / "first_ranker") == contents(EXAMPLE)
+    anew = f"remove {EXAMPLE.relative_to(ROOT)} and make it anew: mlenv init {EXAMPLE.relative_to(ROOT)}"
+    assert contents(tmp_path / "first_ranker") == contents(EXAMPLE), anew
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)

@@ -52,7 +52,8 @@ def test_a_file_without_a_declaration_is_refused(text, message, tmp_path):
     [
         ({}, "stages: expected at least one"),
         ({"test": {"steps": []}}, "stages.test.steps: expected at least one line"),
-        ({"test": {"steps": [" "]}}, "stages.test.steps: expected at least one line"),
+        ({"test": {"steps": [" "]}}, "stages.test.steps: expected one line for sh in each"),
+        ({"test": {"steps": ["a\nb"]}}, "stages.test.steps: expected one line for sh in each. Received: 'a\\nb'"),
         ({"test": GOOD | {"when": []}}, "stages.test.when: expected some of change, main, nightly"),
         ({"test": GOOD | {"when": ["nightli"]}}, "Received: 'nightli'. Fix: did you mean 'nightly'"),
         ({"test": GOOD | {"secrets": ["token"]}}, "stages.test.secrets: expected names of environment variables, in capitals"),

@@ -53,9 +53,10 @@ DECLARED = {
 """What Jenkins takes inside a block: as much of "Pipeline Syntax" in its handbook as is rendered."""
 
 
-@pytest.fixture(scope="module", params=["framework", "small"])
+@pytest.fixture(scope="module", params=["every option", ".", "examples/model_repo/first_ranker"])
 def pipeline(request: pytest.FixtureRequest) -> Pipeline:
-    return PIPELINE if request.param == "small" else read_pipeline(ROOT / "mlenv.yaml")
+    """One that uses every option, that of this repo, and that of a model repo."""
+    return PIPELINE if request.param == "every option" else read_pipeline(ROOT / request.param / "mlenv.yaml")
 
 
 @pytest.mark.parametrize("provider", SCHEMAS)
