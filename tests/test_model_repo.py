@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,12 @@ from mlenv.model_repo import FILES, TEMPLATES, make_model_repo
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "examples/model_repo/first_ranker"
+
+
+@pytest.fixture(autouse=True)
+def _paths_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command line puts the current folder on the path, and a repo's package would be found by the tests that follow."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
 
 
 IGNORED = {"__pycache__", ".mypy_cache", ".pytest_cache", ".ruff_cache", ".venv", "work"}
@@ -37,9 +44,9 @@ def test_the_example_is_what_is_made(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("provider", PROVIDERS)
 def test_a_repo_has_the_pipeline_of_its_provider(provider: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "my_ranker").mkdir()  # an empty folder will do
-    assert main(["init", str(tmp_path / "my_ranker"), "--provider", provider]) == DONE
-    monkeypatch.chdir(tmp_path / "my_ranker")
+    (tmp_path / "their_ranker").mkdir()  # an empty folder will do
+    assert main(["init", str(tmp_path / "their_ranker"), "--provider", provider]) == DONE
+    monkeypatch.chdir(tmp_path / "their_ranker")
     assert main(["ci", "render", "--provider", provider, "--check"]) == DONE
     texts = contents(Path())
     assert len(texts) == len(FILES) + 2  # the package's __init__ and the pipeline
@@ -52,12 +59,12 @@ def test_a_repo_has_the_pipeline_of_its_provider(provider: str, tmp_path: Path, 
 
 
 def test_the_hooks_and_the_config_name_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    make_model_repo(tmp_path / "my_ranker")
-    monkeypatch.chdir(tmp_path / "my_ranker")
-    monkeypatch.syspath_prepend(str(tmp_path / "my_ranker"))
+    make_model_repo(tmp_path / "their_ranker")
+    monkeypatch.chdir(tmp_path / "their_ranker")
+    monkeypatch.syspath_prepend(str(tmp_path / "their_ranker"))
     config = compose("config.yaml")
-    assert config.name == "my_ranker"
-    assert type(config.model).__module__ == "my_ranker.model"
+    assert config.name == "their_ranker"
+    assert type(config.model).__module__ == "their_ranker.model"
     hooks = yaml.safe_load(Path(".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
     assert [hook["id"] for hook in hooks] == ["ruff-format", "ruff-check", "mypy", "file-sizes", "pipeline"]
     images = yaml.safe_load(Path("mlenv.yaml").read_text())["images"]
@@ -99,8 +106,8 @@ def test_a_name_that_cannot_be_used_is_refused(name: str, message: str, tmp_path
 
 
 def test_an_unknown_provider_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["init", str(tmp_path / "my_ranker"), "--provider", "gitlub"]) == WRONG_INPUT
+    assert main(["init", str(tmp_path / "their_ranker"), "--provider", "gitlub"]) == WRONG_INPUT
     assert "--provider: expected a service that runs pipelines. Received: 'gitlub'. Fix: did you mean 'gitlab'" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
-    assert main(["init", str(tmp_path / "my_ranker"), "--dry-run"]) == DONE
+    assert main(["init", str(tmp_path / "their_ranker"), "--dry-run"]) == DONE
     assert list(tmp_path.iterdir()) == []
