@@ -8,11 +8,13 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+from mlenv.commands.ci import add_ci_commands
 from mlenv.commands.data import add_data_commands
 from mlenv.commands.doctor import add_doctor_commands
 from mlenv.commands.features import add_feature_commands
 from mlenv.commands.insight import add_insight_commands
 from mlenv.commands.jobs import add_job_commands
+from mlenv.commands.model_repo import add_model_repo_commands
 from mlenv.commands.monitoring import add_monitoring_commands
 from mlenv.commands.offline import add_offline_commands
 from mlenv.commands.prediction import add_prediction_commands
@@ -96,6 +98,8 @@ def _parser() -> argparse.ArgumentParser:
         add_offline_commands,
         add_tracking_commands,
         add_doctor_commands,
+        add_ci_commands,
+        add_model_repo_commands,
     ):
         add(verbs, verb)
     return parser
