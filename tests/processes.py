@@ -36,6 +36,8 @@ class Command:
         self._process = CONTEXT.Process(target=_run_command, args=(list(arguments), said), daemon=True)
         self._said = said
         self._process.start()
+        assert self._process.pid is not None
+        self.pid = self._process.pid
 
     @property
     def said(self) -> str:
@@ -47,8 +49,7 @@ class Command:
         return self._process.exitcode
 
     def send(self, number: signal.Signals) -> None:
-        assert self._process.pid is not None
-        os.kill(self._process.pid, number)
+        os.kill(self.pid, number)
 
     def wait(self) -> int | None:
         """The exit code."""
