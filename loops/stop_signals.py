@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import signal
+import sys
 import threading
 from types import FrameType, TracebackType
 from typing import Any, Final, Self
@@ -12,6 +14,8 @@ from mlenv.errors import StoppedError
 STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGUSR1)
 """SIGTERM comes from Kubernetes, from Slurm and from ``kill``; SIGUSR1 from Slurm, when told to, before a job's time is over."""
 
+_PR_SET_PDEATHSIG: Final = 1
+
 _forwarded = ""
 
 
@@ -19,6 +23,15 @@ def forward(name: str) -> None:
     """Notes a signal for this process that came to another one, which speaks for it: to the launcher of a worker on a cluster."""
     global _forwarded
     _forwarded = name
+
+
+def end_with_parent() -> None:
+    """Has the kernel send SIGTERM here when the process that started this one ends, however it ends.
+
+    Processes whose launcher was killed would go on by themselves, and keep the same command from being run again.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 class StopSignals:

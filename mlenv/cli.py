@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from mlenv.commands.data import add_data_commands
+from mlenv.commands.doctor import add_doctor_commands
 from mlenv.commands.features import add_feature_commands
 from mlenv.commands.jobs import add_job_commands
 from mlenv.commands.registry import add_registry_commands
@@ -84,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
         add_registry_commands,
         add_serving_commands,
         add_tracking_commands,
+        add_doctor_commands,
     ):
         add(verbs, verb)
     return parser

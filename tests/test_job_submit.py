@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import signal
 import socket
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 import requests
 
+from mlenv.doctor import Condition, ray_condition
 from mlenv.errors import DONE, FAILED, WRONG_INPUT
 from mlenv.loops.checkpoint import list_checkpoints
 
@@ -34,14 +36,14 @@ def cluster(tmp_path_factory) -> Iterator[tuple[str, dict[str, str]]]:
     command += [f"--port={port}", f"--dashboard-port={dashboard}", "--object-store-memory=100000000", "--disable-usage-stats"]
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / "token")}
     env = os.environ | token | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}  # the job finds mlenv
-    head = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    head = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     try:
         url = f"http://127.0.0.1:{dashboard}"
         wait_for(url, head)
         yield url, env
     finally:
-        head.terminate()
-        head.wait(timeout=60)
+        os.killpg(head.pid, signal.SIGKILL)  # an orderly end of a cluster takes half a minute
+        head.wait()
 
 
 def wait_for(url: str, head: subprocess.Popen[bytes]) -> None:
@@ -58,6 +60,7 @@ def wait_for(url: str, head: subprocess.Popen[bytes]) -> None:
 
 def test_a_training_is_submitted_and_its_end_is_told(cluster, demo_arguments, tmp_path):
     address, env = cluster
+    assert ray_condition(address) == Condition("Ray", "pass", f"{address} answers, and asks for a token")
     file, *settings = demo_arguments("launch=ray", "loop.max_steps=3", "job.env={MLFLOW_NOTE: here}")
     (tmp_path / "repo").mkdir()
     for source in Path(file).parent.glob("*.yaml"):

@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
-LINKED = ("modules", "datasets", "loops")
+LINKED = ("modules", "datasets", "loops", "images")
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from mlflow.entities import Run
 
 from mlenv import tracking
 from mlenv.cli import main
+from mlenv.doctor import mlflow_condition
 from mlenv.errors import DONE, WRONG_INPUT, DataError, MlenvError
 from mlenv.loops.journal import JOURNAL_FILE, Journal
 from mlenv.tracking import MlflowTracker, run_tags, send_pending
@@ -270,6 +271,7 @@ def test_a_server_that_comes_and_goes_gets_every_number_once(
     send_pending(output)
     send_pending(output)
     assert main(["runs", "send", str(output)]) == DONE
+    assert mlflow_condition(os.environ["MLFLOW_TRACKING_URI"]).found == f"http://127.0.0.1:{port} answers"
     assert history(client, run, "train/click/loss") == [(1, 0.5), (2, 0.25), *((step, 1 / step) for step in range(3, 103))]
     assert the_run(client).info.status == "FINISHED"
 

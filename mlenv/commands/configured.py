@@ -23,8 +23,12 @@ def with_config(run: Callable[[ExperimentConfig, argparse.Namespace], int], opti
 def in_processes(run: Callable[[ExperimentConfig, argparse.Namespace], int], config: ExperimentConfig, options: argparse.Namespace) -> int:
     """Runs the command here, or in the processes that the config asks for."""
     from mlenv.loops.ranks import started_by_launcher
+    from mlenv.loops.stop_signals import end_with_parent
 
-    if not config.launch.starts_processes or started_by_launcher():
+    if started_by_launcher():
+        end_with_parent()
+        return run(config, options)
+    if not config.launch.starts_processes:
         return run(config, options)
     from mlenv.config import Command
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -62,3 +64,22 @@ def test_a_signal_to_the_launcher_stops_the_training_of_a_worker(demo_arguments,
     with pytest.raises(StoppedError, match="SIGTERM after step 0"):
         train(compose(file, settings))
     assert not (tmp_path / "run of a test" / "checkpoints").exists()
+
+
+LAUNCHED = """
+import time
+from mlenv.loops.stop_signals import end_with_parent
+end_with_parent()
+print("ready", flush=True)
+time.sleep(20)
+print("went on")
+"""
+
+
+def test_a_process_whose_launcher_is_killed_ends_too():
+    launcher_code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {LAUNCHED!r}])"
+    with subprocess.Popen([sys.executable, "-c", launcher_code], stdout=subprocess.PIPE, text=True) as launcher:
+        assert launcher.stdout is not None
+        assert launcher.stdout.readline() == "ready\n"
+        launcher.kill()
+        assert launcher.stdout.read() == ""  # its end: nobody holds the pipe any more
