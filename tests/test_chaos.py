@@ -1,6 +1,6 @@
 """One training by two processes, hit by twenty failures at random moments, against the same training left alone.
 
-``make chaos`` runs it: it takes minutes, most of them for processes that start again. ``CHAOS_SEED=7 make chaos`` has other moments.
+``make long`` runs it: it takes minutes, most of them for processes that start again. ``CHAOS_SEED=7 make long`` has other moments.
 """
 
 from __future__ import annotations
