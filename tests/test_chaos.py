@@ -46,7 +46,7 @@ SAID = {
 MOST_STEPS = 10
 """Between two failures."""
 SETTINGS = [
-    *("data.num_epochs=24", "data.batch_size=64", "data.shuffle_rows=512", "embeddings.engine=torchrec", "embeddings.sharding=table_wise"),
+    *("data.num_epochs=40", "data.batch_size=64", "data.shuffle_rows=512", "embeddings.engine=torchrec", "embeddings.sharding=table_wise"),
     *("loop.log_every_steps=1", "loop.checkpoint_every_steps=5", "loop.keep_checkpoints=3"),
     *("launch.num_processes=2", "launch.max_restarts=100"),
     "data.transforms=[{kind: python, function: 'pace:wait', reads: [price], writes: [price]}]",

@@ -25,6 +25,8 @@ from mlenv.serving.package import open_package
 from mlenv.serving.predictor import Predictor
 from mlenv.training import train
 
+pytestmark = pytest.mark.slow  # for a package of two formats, compared on every row, and a server
+
 CONFIG = """
 name: served
 output: served
