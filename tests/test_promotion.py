@@ -119,6 +119,7 @@ def run(work: tuple[Path, Server], monkeypatch: pytest.MonkeyPatch, capsys: pyte
 Run = Callable[..., tuple[int, str]]
 
 
+@pytest.mark.slow
 def test_the_whole_story(work: tuple[Path, Server], run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, server = work
     assert run("models") == (DONE, f"no registered model in MLflow at {server.uri}; mlenv register OUTPUT --name NAME makes one\n")

@@ -94,7 +94,13 @@ def cluster(tmp_path_factory) -> Iterator[Any]:
 
     before = Path.cwd()
     os.chdir(tmp_path_factory.mktemp("elsewhere"))
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "object_store_memory": 100 << 20, "include_dashboard": False})
+    soon = {
+        "health_check_initial_delay_ms": 0,
+        "health_check_period_ms": 500,
+        "health_check_failure_threshold": 3,
+    }  # till a lost node is missed
+    options = {"num_cpus": 2, "object_store_memory": 100 << 20, "include_dashboard": False, "_system_config": soon}
+    cluster = Cluster(initialize_head=True, head_node_args=options)
     os.chdir(before)
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the transforms below; a user's own are installed
     yield cluster
@@ -313,12 +319,12 @@ def test_no_more_windows_are_read_than_wait(folder, address, tmp_path):
     batches, in_use = reader.batches(), []
     for taken in range(1, 6):
         next(batches)
-        time.sleep(1)  # a slow training
+        time.sleep(0.5)  # a slow training
         assert len(list(tmp_path.iterdir())) <= taken + NUM_WORKERS
         in_use.append(used())
     assert 0 < max(in_use) < 10 * window_bytes
     batches.close()
-    time.sleep(1)
+    time.sleep(0.5)
     assert len(list(tmp_path.iterdir())) <= 5 + NUM_WORKERS
 
 

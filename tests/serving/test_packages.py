@@ -30,6 +30,8 @@ from mlenv.serving.predictor import Predictor
 from mlenv.serving.server import ServerOptions, make_app
 from mlenv.training import train
 
+pytestmark = pytest.mark.slow  # for a package of two formats, compared on every row, and a server
+
 CONFIG = """
 name: served
 output: served
