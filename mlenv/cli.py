@@ -12,6 +12,9 @@ from mlenv.commands.data import add_data_commands
 from mlenv.commands.doctor import add_doctor_commands
 from mlenv.commands.features import add_feature_commands
 from mlenv.commands.jobs import add_job_commands
+from mlenv.commands.monitoring import add_monitoring_commands
+from mlenv.commands.offline import add_offline_commands
+from mlenv.commands.prediction import add_prediction_commands
 from mlenv.commands.registry import add_registry_commands
 from mlenv.commands.search import add_search_commands
 from mlenv.commands.serving import add_serving_commands
@@ -78,12 +81,15 @@ def _parser() -> argparse.ArgumentParser:
 
     for add in (
         add_training_commands,
+        add_prediction_commands,
         add_data_commands,
         add_search_commands,
         add_job_commands,
         add_feature_commands,
         add_registry_commands,
         add_serving_commands,
+        add_monitoring_commands,
+        add_offline_commands,
         add_tracking_commands,
         add_doctor_commands,
     ):

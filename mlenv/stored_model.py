@@ -30,7 +30,7 @@ from mlenv.schema import Schema
 
 Sections = TypeVar("Sections")
 
-_MLFLOW = ("runs:/", "models:/", "mlflow-artifacts:/")
+MLFLOW_SCHEMES = ("runs:/", "models:/", "mlflow-artifacts:/")
 
 
 def find_checkpoint(name: str, tracking_uri: str, key: str, into: Path | None = None) -> Path:
@@ -44,7 +44,7 @@ def find_checkpoint(name: str, tracking_uri: str, key: str, into: Path | None = 
     Raises:
         ConfigError: there is none.
     """
-    folder = _download(name, tracking_uri, key, into) if name.startswith(_MLFLOW) else Path(name)
+    folder = _download(name, tracking_uri, key, into) if name.startswith(MLFLOW_SCHEMES) else Path(name)
     if (folder / MANIFEST).is_file():
         return folder
     checkpoints = list_checkpoints(folder / BEST_FOLDER) or list_checkpoints(folder / CHECKPOINT_FOLDER)

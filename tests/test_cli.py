@@ -75,8 +75,10 @@ def test_train_evaluate_and_predict(demo_arguments, capsys, tmp_path):
     assert main(["evaluate", *demo_arguments("loop.max_steps=30")]) == DONE
     assert trained.splitlines()[1:4] == capsys.readouterr().out.splitlines()[1:4]
     assert (output / "report.html").exists()
-    assert main(["predict", *demo_arguments(), "--out", str(tmp_path / "scored")]) == DONE
-    assert capsys.readouterr().out.startswith("2,000 rows scored")
+    assert main(["predict", str(output), "--out", str(tmp_path / "scored")]) == DONE
+    scored = capsys.readouterr().out
+    assert scored.splitlines()[-1] == f"2,000 rows scored with demo-ranker -> {tmp_path / 'scored'}"
+    assert f"{figures['click/auc']:.4f}" in scored
     assert pq.read_table(tmp_path / "scored").equals(pq.read_table(output / "predictions"))
 
 
@@ -185,7 +187,8 @@ def test_what_is_the_users_is_not_replaced(demo_arguments, refuse, tmp_path, cap
     mine = tmp_path / "mine"
     mine.mkdir()
     pq.write_table(pa.table({"a": [1]}), mine / "part-00000.parquet")
-    assert "expected a new folder, or one of predictions" in refuse("predict", *demo_arguments("loop.max_steps=12"), "--out", str(mine))
+    output = tmp_path / "run of a test"
+    assert "expected a new folder, or one of predictions" in refuse("predict", str(output), "--out", str(mine))
     (mine / "config.yaml").write_text("name: mine\n")
     assert "output: expected a folder for the run alone" in refuse("train", *demo_arguments(f"output={mine}"))
     assert (mine / "config.yaml").read_text() == "name: mine\n"

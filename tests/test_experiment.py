@@ -343,10 +343,11 @@ def test_the_same_from_python(demo_arguments, tmp_path):
     with Experiment(settings) as experiment:
         progress = fit(experiment.step, experiment.source("train"), experiment.run, settings.loop)
         evaluation = evaluate(experiment.model, experiment.source("test"))
-        num_rows = predict(experiment.model, experiment.source("test"), tmp_path / "scored")
+    predicted = predict([experiment.output], tmp_path / "scored")
     assert (progress.step, progress.examples) == (12, 12 * 128)
     assert 0 < evaluation.metrics["click/auc"] < 1
-    assert num_rows == pq.read_table(tmp_path / "scored").num_rows == 2000
+    assert predicted.num_rows == pq.read_table(tmp_path / "scored").num_rows == 2000
+    assert comparable(predicted.metrics["demo-ranker"]) == pytest.approx(comparable(evaluation.metrics))
     with Experiment(settings) as experiment:
         assert experiment.load().name == "step-00000012"
         assert comparable(evaluate(experiment.model, experiment.source("test")).metrics) == comparable(evaluation.metrics)
@@ -404,10 +405,10 @@ def test_predictions_are_calibrated_on_the_validation_window(demo_arguments, tmp
         assert experiment.load() == checkpoint
         assert set(experiment.calibrators) == {"click", "conversion"}
         assert "calibrated with {'click': 'logistic', 'conversion': 'platt'}, not with the config's nothing" in caplog.text
-        predict(experiment.model, experiment.source("test"), tmp_path / "scored", experiment.calibrators)
         again = evaluate(experiment.model, experiment.source("test"), calibrators=experiment.calibrators)
     assert comparable(again.metrics) == comparable(result.evaluation.metrics)
     assert comparable(again.uncalibrated) == comparable(result.evaluation.uncalibrated)
+    predict([checkpoint], tmp_path / "scored")
     scored = pl.from_arrow(pq.read_table(tmp_path / "scored"))["prediction_click"]
     assert scored.equals(rows["prediction_click"])
     with Experiment(config(demo_arguments(*HELD_OUT, "loop.evaluate_every_steps=5", "schema.segments=[]"))) as experiment:

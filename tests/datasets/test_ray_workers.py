@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from mlenv.batch import START
+from mlenv.batch_inference import InferenceOptions, prepare, run
 from mlenv.composition import compose
 from mlenv.config import DataConfig, WindowConfig, check
 from mlenv.datasets.parquet_source import ParquetSource
@@ -30,6 +31,7 @@ from mlenv.datasets.transforms.label_events import LabelEventsConfig
 from mlenv.datasets.transforms.sampling import SampleNegativesConfig
 from mlenv.datasets.transforms.stratify import StratifyConfig
 from mlenv.errors import ConfigError, DataError, MlenvError, Problems, TrainingError
+from mlenv.part_scoring import PartScorer, Reading
 from mlenv.schema import Categorical, DenseVector, Label, MultiCategorical, Numeric, Schema, Table
 from mlenv.training import train
 
@@ -349,6 +351,33 @@ def test_a_training_has_the_same_metrics(demo_arguments, address):
         file, *overrides = demo_arguments(*settings, output=kind)
         results[kind] = train(compose(file, overrides)).evaluation.metrics
     np.testing.assert_equal(results["threads"], results["ray"])  # exactly; nan is nan
+
+
+def test_a_killed_actor_costs_parts_and_no_row(folder, address, tmp_path, monkeypatch, caplog):
+    """Rows scored by two actors, one of which dies at a row, against those of threads; see tests/test_batch_inference.py."""
+    monkeypatch.chdir(tmp_path)
+    tables = "{item: {num_embeddings: 1000, embedding_dim: 2}}"
+    schema = f"{{row_key: [key], labels: {{click: {{}}}}, features: {{item: {{kind: categorical}}}}, tables: {tables}}}"
+    data = f"{{path: '{folder}', train: {{end: 2026-01-01}}}}"
+    (tmp_path / "tiny.yaml").write_text(f"{{name: tiny, output: tiny, model: {{kind: ranker}}, schema: {schema}, data: {data}}}")
+    train(compose(tmp_path / "tiny.yaml", ["loop.max_steps=2", "tracking.enabled=false"]))
+    inference = prepare(["tiny"], InferenceOptions(path=str(folder), part_rows=1000))
+    run(inference, tmp_path / "threads")
+    marks = tmp_path / "marks"
+    marks.mkdir()
+    scorers = inference.scorer.scorers
+    watched = DataConfig(path=str(folder), train=WindowConfig(), transforms=(Watched(folder=str(marks), deadly=7777),))
+    reading = Reading(ParquetSource(watched, WindowConfig(), scorers["tiny"].schema, extras=("metadata",)), ("tiny",))
+    scorer = PartScorer(scorers, [reading], has_labels=True)
+    options = replace(inference.options, ray=address, workers=NUM_WORKERS)
+    predicted = run(replace(inference, scorer=scorer, options=options), tmp_path / "actors")
+    assert (predicted.num_rows, predicted.num_parts, predicted.num_repeated) == (DAYS * ROWS, 15, 0)
+    assert len(list(marks.glob("7500 *"))) == 2
+    assert "was scored by an actor that had died and was started again" in caplog.text
+    threads, actors = (
+        {path.name: path.read_bytes() for path in (tmp_path / way).rglob("*") if path.is_file()} for way in ("threads", "actors")
+    )
+    assert actors == threads
 
 
 def test_a_cluster_that_was_started_ends_and_one_that_was_joined_stays(folder, address):

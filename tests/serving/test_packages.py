@@ -11,12 +11,14 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from mlenv.cli import main
 from mlenv.composition import compose
@@ -223,6 +225,12 @@ def test_answers_over_http(server, package, rows):
     expected = Predictor(open_package(package)).predict_rows(rows[:3])
     np.testing.assert_allclose([[row["click"], row["conversion"]] for row in answer["predictions"]], expected, atol=1e-6)
     assert call(port, "", "GET", "/health")[1]["status"] == "ok"
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as figures:
+        families = list(text_string_to_metric_families(figures.read().decode()))
+    samples = {(one.name, *one.labels.values()): one.value for family in families for one in family.samples}
+    assert samples["mlenv_serve_requests_total", "200"] >= 1
+    assert samples["mlenv_serve_rows_total",] >= 3
+    assert samples["mlenv_serve_prediction_count", "click"] == samples["mlenv_serve_rows_total",]
     columns = {column["name"]: column["type"] for column in call(port, "", "GET", "/schema")[1]["columns"]}
     assert columns["topic_weights"] == "an object from a string to a number"
     assert columns["history_item"] == "a list of integers"
