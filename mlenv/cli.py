@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from mlenv.commands.data import add_data_commands
 from mlenv.commands.doctor import add_doctor_commands
 from mlenv.commands.features import add_feature_commands
+from mlenv.commands.images import add_image_commands
 from mlenv.commands.jobs import add_job_commands
 from mlenv.commands.registry import add_registry_commands
 from mlenv.commands.search import add_search_commands
@@ -23,6 +24,7 @@ from mlenv.errors import (
     STOPPED,
     WRONG_INPUT,
     GateError,
+    ImageError,
     MlenvError,
     StoppedError,
     TrainingError,
@@ -44,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run: Callable[[argparse.Namespace], int] = options.run
     try:
         return run(options)
-    except TrainingError as error:
+    except (TrainingError, ImageError) as error:
         print(f"mlenv: {error}", file=sys.stderr)
         return FAILED
     except GateError as error:
@@ -86,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
         add_serving_commands,
         add_tracking_commands,
         add_doctor_commands,
+        add_image_commands,
     ):
         add(verbs, verb)
     return parser
