@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -18,9 +19,10 @@ from mlenv.images.compatibility import version_problems
 from mlenv.images.declared import Declared
 from mlenv.images.dockerfile import FILES, MLENV, PACKAGES, WHEELS, render
 from mlenv.images.mlenv_wheel import copy_wheel, unmet_requirements
-from mlenv.images.spec import NAME, ImageSpec, pins
+from mlenv.images.spec import NAME, PIN, VERSION, ImageSpec, pins
 
 _TAG_LETTERS: Final = 16
+_WHEEL: Final = re.compile(rf"{MLENV}/[A-Za-z0-9_.+-]+\.whl")
 _LEFT_BEHIND: Final = {".git", "__pycache__"}
 
 
@@ -74,7 +76,13 @@ class Inputs:
                 raise ConfigError("files", expected="paths inside the context", received=path)
         if not (isinstance(plain["name"], str) and NAME.fullmatch(plain["name"])):
             raise ConfigError("name", expected="a name of small letters, digits and hyphens", received=plain["name"])
-        return Inputs(name=plain["name"], spec=from_plain(plain["spec"], ImageSpec), files=plain["files"], pinned=plain["pinned"])
+        spec: ImageSpec = from_plain(plain["spec"], ImageSpec)
+        if spec.lock or spec.wheels or spec.files or spec.python_packages or not (spec.mlenv == "" or VERSION.fullmatch(spec.mlenv)):
+            raise ConfigError("spec", expected="no paths: their files are in the context", received=to_plain(spec))
+        wheels = [path for path in plain["files"] if path.startswith(f"{MLENV}/")]
+        if len(wheels) != (spec.mlenv == "") or not all(_WHEEL.fullmatch(path) for path in wheels):
+            raise ConfigError("files", expected="one wheel of mlenv, or its version", received=wheels)
+        return Inputs(name=plain["name"], spec=spec, files=plain["files"], pinned=plain["pinned"])
 
 
 def pack(declared: Declared, context: Path) -> Inputs:
@@ -88,6 +96,7 @@ def pack(declared: Declared, context: Path) -> Inputs:
     lines = [*_lock_lines(spec, problems), *spec.python_packages]
     if lines:
         (context / PACKAGES).write_text("\n".join([*sorted(set(lines)), ""]))
+    wheel: Path | None = None
     try:
         wheel = copy_wheel(spec.mlenv, context / MLENV)
         problems += unmet_requirements(wheel, pins(lines), spec.left_out) if wheel and not problems else ()
@@ -97,8 +106,11 @@ def pack(declared: Declared, context: Path) -> Inputs:
         wheels = sorted(Path(spec.wheels).glob("*.whl"))
         if not wheels:
             problems.append(ConfigError("wheels", expected="a folder with wheels", received=spec.wheels))
-        for wheel in wheels:
-            _place(wheel, context / WHEELS / wheel.name)
+        for file in wheels:
+            _place(file, context / WHEELS / file.name)
+    if spec.mlenv and not wheel and not VERSION.fullmatch(spec.mlenv):
+        fix = "write a path with a slash, such as ./mlenv-1.0.whl"
+        problems.append(ConfigError("mlenv", expected="a version, or the path of a wheel or a checkout", received=spec.mlenv, fix=fix))
     for name in spec.files:
         source = declared.folder / name
         if not source.exists():
@@ -136,6 +148,13 @@ def check_context(context: Path, inputs: Inputs) -> None:
         if found.get(path) != inputs.files.get(path):
             what = inputs.files.get(path, "no such file")
             raise DataError(f"context: {path}", expected=what, received=found.get(path, "no such file"), fix="send the image again")
+    packages = context / PACKAGES
+    lines = packages.read_text().splitlines() if packages.exists() else []
+    for number, line in enumerate(lines, 1):
+        if not PIN.fullmatch(line):
+            raise DataError(f"context: {PACKAGES}, line {number}", expected="a package with its version, name==1.2.3", received=line)
+    if pins(lines) != inputs.pinned:
+        raise DataError(f"context: {PACKAGES}", expected="the versions of the inputs", received=pins(lines))
 
 
 def _lock_lines(spec: ImageSpec, problems: list[MlenvError]) -> list[str]:
@@ -148,7 +167,7 @@ def _lock_lines(spec: ImageSpec, problems: list[MlenvError]) -> list[str]:
         return []
     lines = [line.partition("#")[0].strip() for line in text.splitlines()]
     for number, line in enumerate(lines, 1):
-        if line and not pins([line]):
+        if line and not PIN.fullmatch(line):
             place = f"lock: {spec.lock}, line {number}"
             problems.append(ConfigError(place, expected="a package with its version, name==1.2.3", received=line, fix="pin it"))
     return [line for line in lines if line]

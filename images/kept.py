@@ -61,7 +61,7 @@ def bill_of_materials(engine: Any, reference: str) -> dict[str, Any]:
     """
     import docker
 
-    container = engine.containers.create(_image(engine, reference).id)
+    container = engine.containers.create(_image(engine, reference).id, ["true"])
     try:
         parts, _ = container.get_archive(SBOM)
         with tarfile.open(fileobj=io.BytesIO(b"".join(parts))) as archive:

@@ -12,6 +12,7 @@ from mlenv.errors import ConfigError, Problems
 Accelerator = Literal["cpu", "cuda"]
 
 NAME: Final = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
+VERSION: Final = re.compile(r"[0-9][A-Za-z0-9.!+]*")
 _WORD: Final = r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?"
 PIN: Final = re.compile(rf"(?P<name>{_WORD})(\[[A-Za-z0-9,._-]*\])?==(?P<version>[A-Za-z0-9.!+_-]+)")
 """A requirement with one exact version."""
