@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -36,25 +37,11 @@ def declared_images(folder: Path) -> dict[str, Declared]:
         ConfigError: a file is no YAML or TOML, or an image extends what is not there.
         Problems: names every wrong key and value of all images.
     """
-    catalogue = _located(_read_yaml(CATALOGUE), CATALOGUE.parent)
     own, source = _own(folder)
-    nodes = _located(own, folder) | {name: node for name, node in catalogue.items() if name not in own}
-    problems: list[MlenvError] = []
-    images = {}
-    for name in nodes:
-        key = f"images.{name}"
-        try:
-            if not NAME.fullmatch(name):
-                raise ConfigError(key, expected="a name of small letters, digits and hyphens", received=name)
-            spec: ImageSpec = from_plain(_whole(name, nodes, catalogue, ()), ImageSpec, key)
-            images[name] = Declared(name, spec, folder.resolve())
-        except Problems as error:
-            problems += [_under(key, problem) for problem in error.problems]
-        except MlenvError as error:
-            problems.append(error)
-    if problems:
-        raise Problems(str(source), problems)
-    return images
+    catalogue = _catalogue()
+    specs = _specs(own, _located(own, folder) | {name: node for name, node in catalogue.items() if name not in own}, str(source))
+    specs |= {name: spec for name, spec in _catalogue_specs().items() if name not in own}
+    return {name: Declared(name, spec, folder.resolve()) for name, spec in specs.items()}
 
 
 def find_image(folder: Path, name: str) -> Declared:
@@ -67,6 +54,35 @@ def find_image(folder: Path, name: str) -> Declared:
     if name not in images:
         raise ConfigError("image", expected=f"one that {' or '.join(FILES)} or the catalogue has", received=name, fix=nearest(name, images))
     return images[name]
+
+
+@cache
+def _catalogue() -> dict[str, Any]:
+    return _located(_read_yaml(CATALOGUE), CATALOGUE.parent)
+
+
+@cache
+def _catalogue_specs() -> dict[str, ImageSpec]:
+    return _specs(_catalogue(), _catalogue(), str(CATALOGUE))
+
+
+def _specs(names: Iterable[str], nodes: Mapping[str, Any], title: str) -> dict[str, ImageSpec]:
+    """The images of these names; ``nodes`` has all that they may extend."""
+    problems: list[MlenvError] = []
+    specs = {}
+    for name in names:
+        key = f"images.{name}"
+        try:
+            if not NAME.fullmatch(name):
+                raise ConfigError(key, expected="a name of small letters, digits and hyphens", received=name)
+            specs[name] = from_plain(_whole(name, nodes, ()), ImageSpec, key)
+        except Problems as error:
+            problems += [problem.under(key) if isinstance(problem, ConfigError) else problem for problem in error.problems]
+        except MlenvError as error:
+            problems.append(error)
+    if problems:
+        raise Problems(title, problems)
+    return specs
 
 
 def _own(folder: Path) -> tuple[dict[str, Any], Path]:
@@ -113,26 +129,18 @@ def _located(nodes: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     return {name: {key: place(key, value) for key, value in node.items()} for name, node in nodes.items()}
 
 
-def _whole(name: str, nodes: Mapping[str, Any], catalogue: Mapping[str, Any], seen: tuple[str, ...]) -> dict[str, Any]:
+def _whole(name: str, nodes: Mapping[str, Any], seen: tuple[str, ...]) -> dict[str, Any]:
     """An image over all that it extends, key by key. One that extends its own name means the catalogue's."""
     own = dict(nodes[name])
     base = own.pop("extends", None)
     if base is None:
         return own
-    if base == name and nodes is not catalogue:
-        return _whole(name, catalogue, catalogue, ()) | own if name in catalogue else _no_such(name, base, nodes)
+    key = f"images.{name}.extends"
+    catalogue = _catalogue()
+    if base == name and name in catalogue and nodes is not catalogue:
+        return _whole(name, catalogue, ()) | own
     if base in seen or base == name:
-        raise ConfigError(
-            f"images.{name}.extends", expected="an image that does not extend itself", received=" -> ".join((*seen, name, base))
-        )
+        raise ConfigError(key, expected="an image that does not extend itself", received=" -> ".join((*seen, name, base)))
     if base not in nodes:
-        _no_such(name, base, nodes)
-    return _whole(base, nodes, catalogue, (*seen, name)) | own
-
-
-def _no_such(name: str, base: str, nodes: Mapping[str, Any]) -> dict[str, Any]:
-    raise ConfigError(f"images.{name}.extends", expected="another image", received=base, fix=nearest(str(base), nodes))
-
-
-def _under(key: str, problem: MlenvError) -> MlenvError:
-    return problem.under(key) if isinstance(problem, ConfigError) else problem
+        raise ConfigError(key, expected="another image", received=base, fix=nearest(str(base), nodes))
+    return _whole(base, nodes, (*seen, name)) | own

@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Final
@@ -77,12 +78,12 @@ def run(engine: Any, reference: str, command: Sequence[str], options: RunOptions
     except docker.errors.APIError as error:
         raise _not_started(reference, error) from error
     try:
-        output = container.attach(stream=True, logs=True)
         container.start()
         stream = out or sys.stdout.buffer
-        for part in output:
-            stream.write(part)
-            stream.flush()
+        with closing(container.logs(stream=True, follow=True)) as output:
+            for part in output:
+                stream.write(part)
+                stream.flush()
         return int(container.wait()["StatusCode"])
     except docker.errors.APIError as error:
         raise _not_started(reference, error) from error
