@@ -6,17 +6,18 @@ READY := .venv/package.stamp
 FUXICTR := 0245987fdc1d43c36164ea496a02324885a8557a
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test chaos check lint bench peers lock clean
+.PHONY: help demo test chaos images check lint bench peers lock clean
 
 help:
 	@echo "make demo   simulate an ads log, train on it, end with metrics and a report (in work/)"
-	@echo "make test   run every test but the one below"
+	@echo "make test   run every test but those of the next two"
 	@echo "make chaos  train through twenty failures: killed processes, workers and servers, a damaged checkpoint, a full disk"
+	@echo "make images build the image train-cpu and train in it, on one container and on two; needs a container engine or root"
 	@echo "make check  lint, then test"
 	@echo "make lint   format, style, types, spelling, file sizes"
 	@echo "make bench  measure every speed and accuracy claim"
 	@echo "make peers  install the libraries that 'make bench' compares crossings with (in .peers/)"
-	@echo "make lock   resolve requirements/cpu.txt again from pyproject.toml"
+	@echo "make lock   resolve requirements/cpu.txt and images/locks again from pyproject.toml"
 	@echo "make clean  remove .venv, .peers, builds and caches; work/ stays"
 
 demo: $(READY)
@@ -27,11 +28,15 @@ demo: $(READY)
 
 test: $(READY)
 	@echo "== running the tests"
-	@$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile -m "not chaos"
+	@$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile -m "not chaos and not (engine and slow)"
 
 chaos: $(READY)
 	@echo "== training through twenty failures"
 	@$(BIN)/pytest -m chaos
+
+images: $(READY)
+	@echo "== training in an image of its own"
+	@tests/images/with_engine.sh $(BIN)/pytest -m "engine and slow"
 
 check: lint
 	@$(MAKE) --no-print-directory test
@@ -52,8 +57,9 @@ peers: $(READY)
 	-@git clone --quiet https://github.com/reczoo/FuxiCTR .peers/FuxiCTR && git -C .peers/FuxiCTR checkout --quiet $(FUXICTR)
 
 lock: .venv/bin/python
-	@echo "== resolving pyproject.toml into requirements/cpu.txt"
+	@echo "== resolving pyproject.toml into requirements/cpu.txt and images/locks"
 	@$(BIN)/python requirements/lock.py
+	@$(BIN)/python requirements/image_locks.py
 
 clean:
 	@echo "== removing .venv, .peers, builds and caches; work/ stays, it holds your runs"

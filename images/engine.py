@@ -18,6 +18,9 @@ _DEBIAN_CLIENT: Final = "/usr/bin/docker"
 _LAST_WITH_BUILDKIT: Final = 22
 """From its next major version on, the docker client builds with BuildKit only through its plugin buildx."""
 
+_TIMEOUT_SECONDS: Final = 600
+"""Without a byte. A registry may think for minutes about a large layer."""
+
 
 @dataclass(frozen=True)
 class Builder:
@@ -36,7 +39,7 @@ def connect() -> Any:
     """
     docker = require("docker", extra="images")
     try:
-        engine = docker.from_env()
+        engine = docker.from_env(timeout=_TIMEOUT_SECONDS)
         engine.ping()
     except docker.errors.DockerException as error:
         where = os.environ.get("DOCKER_HOST", "the default socket")

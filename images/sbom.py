@@ -20,13 +20,13 @@ DPKG_STATUS: Final = Path("/var/lib/dpkg/status")
 
 def bill() -> dict[str, Any]:
     """The whole bill: Python packages and Debian packages, sorted, without a date, so that the same image has the same one."""
-    components = [*python_components(), *debian_components(DPKG_STATUS)]
+    components = {component["purl"]: component for component in (*python_components(), *debian_components(DPKG_STATUS))}
     return {
         "bomFormat": "CycloneDX",
         "specVersion": SPEC_VERSION,
         "version": 1,
         "metadata": {"tools": {"components": [{"type": "application", "name": "mlenv", "version": metadata.version("mlenv")}]}},
-        "components": sorted(components, key=lambda component: str(component["purl"])),
+        "components": [components[purl] for purl in sorted(components)],
     }
 
 
@@ -34,8 +34,8 @@ def python_components() -> Iterator[dict[str, Any]]:
     for distribution in metadata.distributions():
         headers = distribution.metadata
         name, version = re.sub(r"[-_.]+", "-", headers["Name"]).lower(), distribution.version
-        licenses = [{"expression": value} for value in headers.get_all("License-Expression", [])]
-        yield _component(name, version, f"pkg:pypi/{quote(name)}@{quote(version)}") | ({"licenses": licenses} if licenses else {})
+        known = [{"expression": value} for value in headers.get_all("License-Expression", [])[:1]]
+        yield _component(name, version, f"pkg:pypi/{quote(name)}@{quote(version)}") | ({"licenses": known} if known else {})
 
 
 def debian_components(status: Path) -> Iterator[dict[str, Any]]:

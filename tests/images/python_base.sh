@@ -26,7 +26,7 @@ cp -a "$prefix/lib/python$version/site-packages/pip" "$root/usr/local/lib/python
 } | grep -oE '/[^ ]+\.so[^ ]*' | grep -v libpython | sort -u >"$root/libraries"
 # What packages with native code ask for.
 for library in libstdc++.so.6 libgcc_s.so.1 libnss_files.so.2 libnss_dns.so.2 libresolv.so.2 librt.so.1 libpthread.so.0 libdl.so.2 libutil.so.1; do
-  ldconfig -p | awk -v name="$library" '$1 == name && /64/ {print $NF; exit}' >>"$root/libraries"
+  ldconfig -p | awk -v name="$library" '$1 == name && /64/ && !found {print $NF; found = 1}' >>"$root/libraries"
 done
 while read -r library; do
   [ -e "$library" ] || continue
