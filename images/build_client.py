@@ -44,6 +44,9 @@ def build_at(service: str, token: str, inputs: Inputs, context: Path, *, labels:
                 for path in sorted(inputs.files):
                     opened.add(context / path, path, recursive=False)
             size = archive.tell()
+            if size > job["max_context_bytes"]:
+                fix = "leave out files or wheels, or start the service with a larger --max-context-mb"
+                raise ImageError(service, expected=f"at most {job['max_context_bytes']:,} bytes of files", received=f"{size:,}", fix=fix)
             archive.seek(0)
             job = client.ask("PUT", f"/builds/{job['id']}/context", archive, size)
     if job["state"] != "built":

@@ -118,7 +118,7 @@ def make_app(engine: Any, options: ServiceOptions) -> FastAPI:
         await _receive(request, _MAX_ANNOUNCEMENT, body.extend)
         inputs, labels = _announced(bytes(body))
         job = await run_in_threadpool(queue.ask, inputs, labels)
-        return JSONResponse(job.to_plain())
+        return JSONResponse({**job.to_plain(), "max_context_bytes": options.max_context_bytes})
 
     async def receive(request: Request) -> Response:
         job = job_of(request)
@@ -183,7 +183,7 @@ def _check_token(header: str, tokens: tuple[str, ...]) -> None:
 
 async def _receive(request: Request, max_bytes: int, take: Callable[[bytes], object]) -> None:
     """Hands the body on, of which no more is read than is allowed."""
-    message = f"the request has more than the {max_bytes:,} bytes that are allowed. Fix: fewer files or wheels, or --max-context-mb"
+    message = f"the request has more than the {max_bytes:,} bytes that are allowed"
     announced = request.headers.get("content-length", "")
     if announced.isdigit() and int(announced) > max_bytes:
         raise _RefusedError(413, message)

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tomllib
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from mlenv.images.mlenv_wheel import copy_wheel
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
+SESSION_LABEL, SESSION = "org.example.session", uuid.uuid4().hex
+"""Marks the images of this process: others may use the same engine."""
 BASE = f"mlenv-test/python:{PYTHON}"
 
 
@@ -40,7 +43,7 @@ def engine() -> Iterator[Any]:
         pytest.skip(f"no engine: {reason}. Fix: tests/images/with_engine.sh .venv/bin/pytest ...")
     yield connected
     for image in connected.images.list(filters={"label": INPUTS}):
-        if image.labels.get("org.example.test") == "yes":
+        if image.labels.get(SESSION_LABEL) == SESSION:
             connected.images.remove(image.id, force=True)
     connected.close()
 
@@ -52,6 +55,12 @@ def python_base(engine: Any) -> str:
         script = ROOT / "tests/images/python_base.sh"
         subprocess.run([script, BASE], check=True, env={**os.environ, "PYTHON": sys.executable})
     return BASE
+
+
+@pytest.fixture(scope="session")
+def session_labels() -> dict[str, str]:
+    """Labels of an image that is to be taken away at the end."""
+    return {SESSION_LABEL: SESSION}
 
 
 @pytest.fixture(scope="session")
@@ -84,7 +93,7 @@ def repo(tmp_path: Path, wheel: Path, everything_left_out: list[str]) -> Callabl
             "left_out": everything_left_out,
             "files": ["my_ranker"],
             "smoke_test": ["python", "-c", "import mlenv, my_ranker.model"],
-            "labels": {"org.example.test": "yes"},
+            "labels": {SESSION_LABEL: SESSION},
         }
         (folder / "mlenv.yaml").write_text(yaml.safe_dump({"images": {"tiny": {**tiny, **keys}}}))
         return folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import threading
 import time
@@ -9,6 +10,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,17 @@ def ask(service: str, method: str, path: str, body: bytes | None = None, token: 
     except urllib.error.HTTPError as error:
         with error:
             return error.code, json.load(error)
+
+
+def upload_of(service: str, path: str, size: int) -> int:
+    """The answer to an upload of this size that is announced, and not sent."""
+    connection = http.client.HTTPConnection(service.removeprefix("http://"))
+    with closing(connection):
+        connection.putrequest("PUT", path)
+        for name, value in (("Authorization", f"Bearer {TOKEN}"), ("Content-Length", str(size))):
+            connection.putheader(name, value)
+        connection.endheaders()
+        return connection.getresponse().status
 
 
 def announced(inputs: Inputs) -> bytes:
@@ -111,12 +124,16 @@ def test_what_the_service_refuses(service: str, repo: Repo, packed: Packed, tmp_
     job = ask(service, "POST", "/builds", announced(inputs))[1]
     assert job["state"] == "wanted"
     assert ask(service, "PUT", f"/builds/{job['id']}/context", b"no archive")[0] == 422
-    status, answer = ask(service, "PUT", f"/builds/{job['id']}/context", b"0" * (6 << 20))
-    assert (status, answer["message"].partition(".")[0]) == (413, "the request has more than the 5,242,880 bytes that are allowed")
+    assert upload_of(service, f"/builds/{job['id']}/context", 6 << 20) == 413
     (context / "files/my_ranker/model.py").write_text("WIDTH = 666\n")
     with pytest.raises(ImageError, match=r"422: context: files/my_ranker/model\.py: expected"):
         build_at(service, TOKEN, inputs, context, labels={})
     assert ask(service, "GET", f"/builds/{job['id']}")[1]["state"] == "wanted"
+
+    folder = repo()
+    (folder / "my_ranker" / "weights").write_bytes(bytes(6 << 20))
+    with pytest.raises(ImageError, match=r"expected at most 5,242,880 bytes of files\. Received: '6,.*Fix: leave out"):
+        build_at(service, TOKEN, *packed(folder), labels={})
     assert ask(service, "GET", "/health", token="") == (200, {"status": "ok", "waiting": 0})
     assert [path.name for path in (tmp_path / "service" / "contexts").iterdir()] == []
 

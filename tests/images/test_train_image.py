@@ -32,7 +32,9 @@ def metrics(output: Path) -> dict[str, Any]:
 
 
 @pytest.fixture
-def model_repo(tmp_path: Path, ads: Path, tiny_config: str, python_base: str, monkeypatch: pytest.MonkeyPatch) -> Path:
+def model_repo(
+    tmp_path: Path, ads: Path, tiny_config: str, python_base: str, session_labels: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> Path:
     """A config, the catalogue's image over this machine's Python, and the wheels of its lock."""
     folder = tmp_path / "model repo"
     (folder / "work").mkdir(parents=True)
@@ -47,7 +49,7 @@ def model_repo(tmp_path: Path, ads: Path, tiny_config: str, python_base: str, mo
         "wheels": str(tmp_path / "wheels"),
         "files": ["config.yaml"],
         "system_packages": [],
-        "labels": {"org.example.test": "yes"},
+        "labels": session_labels,
     }
     (folder / "mlenv.yaml").write_text(yaml.safe_dump({"images": {"trainer": image}}))
     monkeypatch.chdir(folder)
