@@ -6,13 +6,12 @@ READY := .venv/package.stamp
 FUXICTR := 0245987fdc1d43c36164ea496a02324885a8557a
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test chaos images check lint bench peers lock clean
+.PHONY: help demo test long check lint bench peers lock clean
 
 help:
 	@echo "make demo   simulate an ads log, train on it, end with metrics and a report (in work/)"
-	@echo "make test   run every test but those of the next two"
-	@echo "make chaos  train through twenty failures: killed processes, workers and servers, a damaged checkpoint, a full disk"
-	@echo "make images build the image train-cpu and train in it, on one container and on two; needs a container engine or root"
+	@echo "make test   run the tests, but for those below"
+	@echo "make long   run those that take minutes each: a training through twenty failures, a model's whole life, an image"
 	@echo "make check  lint, then test"
 	@echo "make lint   format, style, types, spelling, file sizes"
 	@echo "make bench  measure every speed and accuracy claim"
@@ -28,15 +27,11 @@ demo: $(READY)
 
 test: $(READY)
 	@echo "== running the tests"
-	@$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile -m "not chaos and not (engine and slow)"
+	@$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile -m "not long"
 
-chaos: $(READY)
-	@echo "== training through twenty failures"
-	@$(BIN)/pytest -m chaos
-
-images: $(READY)
-	@echo "== training in an image of its own"
-	@tests/images/with_engine.sh $(BIN)/pytest -m "engine and slow"
+long: $(READY)
+	@echo "== running the tests that take minutes each"
+	@$(BIN)/pytest -m long
 
 check: lint
 	@$(MAKE) --no-print-directory test

@@ -45,6 +45,8 @@ PAGE: Final = "promotion.html"
 VERDICT: Final = "promotion.json"
 FOLDER: Final = "promotions"
 """Of the challenger's run, with one folder below it for each time that it asked."""
+_REASONS: Final = 3
+"""That the history gives of a version that is held; the report has all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,4 +269,6 @@ def _facts(challenger: ModelVersion, champion: ModelVersion | None, judged: Judg
 def _why(verdict: GateVerdict) -> str:
     if verdict.is_passed:
         return "passed all gates"
-    return "; ".join(f"{one.gate} of {one.subject}: {one.detail}" for one in verdict.failures)
+    reasons = [f"{one.gate} of {one.subject}: {one.detail}" for one in verdict.failures]
+    more = [f"{len(reasons) - _REASONS} more"] if len(reasons) > _REASONS else []
+    return "; ".join([*reasons[:_REASONS], *more])

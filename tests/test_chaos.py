@@ -28,7 +28,7 @@ from tests.test_failures import fill, last_step, small_disk
 from tests.test_tracking import is_healthy, port, wait_until
 
 __all__ = ["port", "small_disk"]  # fixtures
-pytestmark = [pytest.mark.chaos, pytest.mark.filterwarnings("ignore::DeprecationWarning:mlflow")]
+pytestmark = [pytest.mark.long, pytest.mark.filterwarnings("ignore::DeprecationWarning:mlflow")]
 
 FAILURES = {"rank": 5, "all": 3, "truncated checkpoint": 3, "Ray worker": 4, "MLflow server": 3, "full disk": 2}
 SAID = {

@@ -34,13 +34,14 @@ def add_serving_commands(verbs: argparse._SubParsersAction[argparse.ArgumentPars
 
 
 def _export(options: argparse.Namespace) -> int:
+    from mlenv.mlflow_store import store_uri
     from mlenv.serving.export import ExportOptions, check_export, export
 
     wanted = ExportOptions(
         out=options.out,
         formats=tuple(options.format.split(",")),
         tables=options.tables,
-        tracking_uri=options.uri,
+        tracking_uri=store_uri(options.uri),
         overrides=tuple(options.overrides),
     )
     if options.dry_run:

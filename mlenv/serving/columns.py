@@ -72,7 +72,7 @@ def plain_type(kind: pa.DataType) -> pa.DataType:
     return pa.float64() if pa.types.is_floating(kind) or pa.types.is_decimal(kind) else pa.string()
 
 
-def describe(columns: pa.Schema, schema: Schema) -> list[dict[str, str]]:
+def describe(columns: pa.Schema, row_key: pa.Schema, schema: Schema) -> list[dict[str, str]]:
     """For people: each column, what it holds, and the features that read it."""
     readers: dict[str, list[str]] = {}
     for column, feature in ((key.column, key.feature) for key in schema.sparse_keys):
@@ -82,7 +82,7 @@ def describe(columns: pa.Schema, schema: Schema) -> list[dict[str, str]]:
     return [
         {"name": field.name, "type": expected(field.type), "features": ", ".join(dict.fromkeys(readers.get(field.name, ["(segment)"])))}
         for field in columns
-    ]
+    ] + [{"name": field.name, "type": expected(field.type), "features": "(row key, for the log; may be left out)"} for field in row_key]
 
 
 def expected(kind: pa.DataType) -> str:
@@ -121,6 +121,15 @@ def from_rows(rows: Sequence[Mapping[str, Any]], columns: pa.Schema) -> pa.Recor
     if problems:
         raise RowsError(sorted(problems, key=lambda problem: problem.row)[:MAX_PROBLEMS])
     return pa.RecordBatch.from_arrays(arrays, schema=columns)
+
+
+def row_keys(rows: Sequence[Mapping[str, Any]], row_key: pa.Schema) -> pa.RecordBatch:
+    """The row keys of rows of JSON, null where a row brings none.
+
+    Raises:
+        RowsError: names rows and fields that are of another type.
+    """
+    return from_rows([{name: row.get(name) for name in row_key.names} for row in rows], row_key)
 
 
 class _Missing:

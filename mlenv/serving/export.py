@@ -25,7 +25,7 @@ from mlenv.loops.training_state import model_tensors
 from mlenv.modules import TorchEmbeddings
 from mlenv.modules.served_embeddings import TABLE_TYPES, ServedEmbeddings, TableType
 from mlenv.schema import Schema
-from mlenv.serving.columns import served_columns
+from mlenv.serving.columns import plain_type, served_columns
 from mlenv.serving.graph import ServedGraph
 from mlenv.serving.inputs import PADDING_ROWS, input_names
 from mlenv.serving.mlflow_model import write_mlflow_model
@@ -195,7 +195,9 @@ def trace(graph: ServedGraph, schema: Schema, num_codes: int) -> torch.export.Ex
 def _write(trained: Trained, source: ParquetSource, options: ExportOptions, folder: Path) -> Package:
     config = trained.config
     segments = {task: dict(calibrator.segments) for task, calibrator in trained.calibrators.items() if calibrator.segments}
-    columns = served_columns(config.schema, _columns_of(segments), stored_columns(source, _columns_of(segments)))
+    stored = stored_columns(source, [*_columns_of(segments), *config.schema.row_key])
+    columns = served_columns(config.schema, _columns_of(segments), stored)
+    row_key = pa.schema([(name, plain_type(stored.field(name).type)) for name in config.schema.row_key if name not in columns.names])
     graph = served_graph(trained, options.tables)
     program = trace(graph, config.schema, sum(len(of_task) for of_task in segments.values()))
     for form in options.formats:
@@ -209,7 +211,7 @@ def _write(trained: Trained, source: ParquetSource, options: ExportOptions, fold
         "tables": options.tables,
         "versions": run_tags(),
     }
-    write_manifest(folder, config.schema, columns, segments, facts)
+    write_manifest(folder, config.schema, columns, row_key, segments, facts)
     return open_package(folder)
 
 
@@ -231,14 +233,14 @@ def _complete(folder: Path, package: Package) -> None:
     """Describes the folder again, now with the parity report in it."""
     (folder / PACKAGE).unlink()
     facts = {name: package.facts[name] for name in ("name", "source", "tables", "versions")}
-    write_manifest(folder, package.schema, package.columns, package.segments, facts)
+    write_manifest(folder, package.schema, package.columns, package.row_key, package.segments, facts)
 
 
 def _columns_of(segments: dict[str, dict[str, tuple[str, ...]]]) -> list[str]:
     return list(dict.fromkeys(column for of_task in segments.values() for column in of_task))
 
 
-def stored_columns(source: ParquetSource, segments: Sequence[str]) -> pa.Schema:
-    """Types of the columns that features and calibrators read, after the transforms of the config."""
-    names = tuple(dict.fromkeys([*source.schema.feature_columns, *segments]))
+def stored_columns(source: ParquetSource, others: Sequence[str]) -> pa.Schema:
+    """Types of the columns that features read, and of others, after the transforms of the config."""
+    names = tuple(dict.fromkeys([*source.schema.feature_columns, *others]))
     return next(source.record_batches(names, at_most=1)).schema

@@ -27,6 +27,8 @@ GRAPHS: dict[Format, str] = {"onnx": "model.onnx", "aoti": "model_aoti.pt2", "pr
 """File of the numeric graph in each format."""
 
 _VERSION = 1
+_KEPT = {b"mlenv": b"row key"}
+"""Of the columns that are no part of the model's input."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ class Package:
     schema: Schema
     columns: pa.Schema
     """What a request holds of each row."""
+    row_key: pa.Schema
+    """What it may hold beside them, for the log of what was served: the columns of the row key that no feature reads."""
     segments: Mapping[str, Mapping[str, tuple[str, ...]]]
     """By task, then by column: the values that its calibrator knows, in the order of their codes, which begin at 1."""
     facts: Mapping[str, Any]
@@ -49,10 +53,16 @@ class Package:
 
 
 def write_manifest(
-    folder: Path, schema: Schema, columns: pa.Schema, segments: Mapping[str, Mapping[str, Iterable[str]]], facts: Mapping[str, Any]
+    folder: Path,
+    schema: Schema,
+    columns: pa.Schema,
+    row_key: pa.Schema,
+    segments: Mapping[str, Mapping[str, Iterable[str]]],
+    facts: Mapping[str, Any],
 ) -> None:
     """Describes what is in the folder, which is complete but for this; the checksums are of every other file."""
-    with pa.OSFile(str(folder / COLUMNS), "wb") as file, pa.ipc.new_file(file, columns):
+    both = pa.schema([*columns, *(field.with_metadata(_KEPT) for field in row_key)])
+    with pa.OSFile(str(folder / COLUMNS), "wb") as file, pa.ipc.new_file(file, both):
         pass
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     manifest = {
@@ -87,9 +97,11 @@ def open_package(folder: Path) -> Package:
             raise CheckpointError(str(path), expected=f"what {PACKAGE} says", received=received, fix="copy or export the package again")
     schema: Schema = from_plain(OmegaConf.to_container(OmegaConf.load(folder / SCHEMA)), Schema, str(folder / SCHEMA))  # type: ignore[arg-type]
     with pa.memory_map(str(folder / COLUMNS)) as file:
-        columns = pa.ipc.open_file(file).schema
+        both = pa.ipc.open_file(file).schema
+    columns = pa.schema([field for field in both if field.metadata != _KEPT])
+    row_key = pa.schema([field.remove_metadata() for field in both if field.metadata == _KEPT])
     segments = {task: {column: tuple(values) for column, values in of_task.items()} for task, of_task in manifest.pop("segments").items()}
-    return Package(folder, schema, columns, segments, manifest)
+    return Package(folder, schema, columns, row_key, segments, manifest)
 
 
 def _checksum(path: Path) -> str:

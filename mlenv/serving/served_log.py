@@ -27,8 +27,8 @@ FILE_SECONDS = 60.0
 class ServedLog:
     """Gathers requests in memory and writes them file by file, each whole or not at all.
 
-    Columns: ``served_request_id``, ``served_row``, ``served_at``, then the raw values of the request and ``prediction_TASK``. A file that
-    cannot be written costs its rows and a warning, never an answer. Close it to write the rest.
+    Columns: ``served_request_id``, ``served_row``, ``served_at``, then the row key, the raw values of the request and ``prediction_TASK``.
+    A file that cannot be written costs its rows and a warning, never an answer. Close it to write the rest.
 
     Raises:
         ConfigError: the folder's parent is not there.
@@ -43,17 +43,17 @@ class ServedLog:
         self._parts: list[pa.RecordBatch] = []
         self._num_rows, self._began = 0, time.monotonic()
 
-    def add(self, request_id: str, rows: pa.RecordBatch, predictions: Floats) -> None:
+    def add(self, request_id: str, keys: pa.RecordBatch, rows: pa.RecordBatch, predictions: Floats) -> None:
         """Keeps one request."""
         now = pa.scalar(time.time_ns() // 1000, pa.timestamp("us", "UTC"))
-        columns = {
+        values = {
             "served_request_id": pa.repeat(request_id, rows.num_rows),
             "served_row": pa.array(np.arange(rows.num_rows, dtype=np.int32)),
             "served_at": pa.repeat(now, rows.num_rows),
-            **{field.name: rows.column(field.name) for field in rows.schema},
+            **{field.name: columns.column(field.name) for columns in (keys, rows) for field in columns.schema},
             **{f"prediction_{task}": pa.array(predictions[:, place]) for place, task in enumerate(self._tasks)},
         }
-        part = pa.RecordBatch.from_pydict(columns)
+        part = pa.RecordBatch.from_pydict(values)
         with self._lock:
             self._parts.append(part)
             self._num_rows += part.num_rows

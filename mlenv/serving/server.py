@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mlenv.errors import MlenvError, check_at_least
-from mlenv.serving.columns import RowsError, describe, from_rows
+from mlenv.serving.columns import RowsError, describe, from_rows, row_keys
 from mlenv.serving.predictor import Predictor
 from mlenv.serving.served_log import ServedLog
 
@@ -63,10 +63,11 @@ def make_app(predictor: Predictor, options: ServerOptions, log: ServedLog | None
     package, under_way = predictor.package, 0
 
     def answer(body: bytes, request_id: str) -> dict[str, Any]:
-        rows = from_rows(_rows_of(body, options.max_rows), package.columns)
+        plain = _rows_of(body, options.max_rows)
+        rows, keys = from_rows(plain, package.columns), row_keys(plain, package.row_key)
         predictions = predictor.predict(rows)
         if log is not None:
-            log.add(request_id, rows, predictions)
+            log.add(request_id, keys, rows, predictions)
         return {"request_id": request_id, "predictions": [dict(zip(predictor.tasks, row, strict=True)) for row in predictions.tolist()]}
 
     @app.get("/health")
@@ -76,7 +77,7 @@ def make_app(predictor: Predictor, options: ServerOptions, log: ServedLog | None
     @app.get("/schema")
     def schema() -> dict[str, Any]:
         return {
-            "columns": describe(package.columns, package.schema),
+            "columns": describe(package.columns, package.row_key, package.schema),
             "tasks": list(predictor.tasks),
             "max_rows": options.max_rows,
             "max_bytes": options.max_bytes,

@@ -20,7 +20,7 @@ from mlenv.images.kept import bill_of_materials, describe
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow]
+pytestmark = [pytest.mark.engine, pytest.mark.long]
 
 
 def unpacked_bytes(wheels: Path) -> int:

@@ -62,7 +62,7 @@ def test_columns_have_the_types_of_json():
         "vector": pa.list_(pa.float64()),
         "day": pa.string(),
     }
-    told = {entry["name"]: entry for entry in describe(COLUMNS, SCHEMA)}
+    told = {entry["name"]: entry for entry in describe(COLUMNS, pa.schema([]), SCHEMA)}
     assert told["town"] == {"name": "town", "type": "a string", "features": "city"}
     assert told["day"]["features"] == "(segment)"
 

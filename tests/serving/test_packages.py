@@ -174,6 +174,7 @@ def server(package: Path) -> Iterator[tuple[int, Path]]:
     logged = pq.read_table(file)
     assert logged["served_request_id"].to_pylist()[:3] == ["mine"] * 3
     assert logged["served_row"].to_pylist()[:3] == [0, 1, 2]
+    assert logged["impression_id"].to_pylist()[:3] == [5, 6, None]
     assert logged.select(open_package(package).columns.names).schema == open_package(package).columns
 
 
@@ -189,7 +190,8 @@ def call(port: int, body: bytes | str, method: str = "POST", path: str = "/predi
 
 def test_answers_over_http(server, package, rows):
     port, _ = server
-    status, answer = call(port, json.dumps({"rows": rows[:3]}), **{"X-Request-ID": "mine"})
+    known = [{**rows[0], "impression_id": 5}, {**rows[1], "impression_id": 6}, rows[2]]
+    status, answer = call(port, json.dumps({"rows": known}), **{"X-Request-ID": "mine"})
     assert (status, answer["request_id"]) == (200, "mine")
     expected = Predictor(open_package(package)).predict_rows(rows[:3])
     np.testing.assert_allclose([[row["click"], row["conversion"]] for row in answer["predictions"]], expected, atol=1e-6)
@@ -197,6 +199,7 @@ def test_answers_over_http(server, package, rows):
     columns = {column["name"]: column["type"] for column in call(port, "", "GET", "/schema")[1]["columns"]}
     assert columns["topic_weights"] == "an object from a string to a number"
     assert columns["history_item"] == "a list of integers"
+    assert columns["impression_id"] == "an integer"
 
 
 def test_bad_requests_are_answered_with_the_reason(server, rows):
@@ -204,6 +207,8 @@ def test_bad_requests_are_answered_with_the_reason(server, rows):
     status, answer = call(port, json.dumps({"rows": [rows[0], {**rows[1], "price": "dear"}]}))
     assert status == 422
     assert answer["errors"] == [{"row": 1, "field": "price", "expected": "a number", "received": "'dear'"}]
+    answer = call(port, json.dumps({"rows": [{**rows[0], "impression_id": "five"}]}))[1]
+    assert answer["errors"] == [{"row": 0, "field": "impression_id", "expected": "an integer", "received": "'five'"}]
     missing = {name: value for name, value in rows[0].items() if name != "item_id"}
     assert call(port, json.dumps({"rows": [missing]}))[1]["errors"][0]["field"] == "item_id"
     assert call(port, '{"rows": [')[0] == 400
