@@ -34,7 +34,13 @@ from mlenv.errors import (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0 done, 1 failed, 2 wrong usage, config or data, 3 a gate said no, 75 told to stop."""
     parser = _parser()
-    options, rest = parser.parse_known_args(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    end = words.index("--") if "--" in words else len(words)
+    options, rest = parser.parse_known_args(words[:end])
+    if "command" in options:
+        options.command = words[end + 1 :]  # what mlenv image run is to run; no options of ours
+    elif end < len(words):
+        rest += words[end:]
     if unknown := [word for word in rest if word.startswith("-") or "=" not in word]:
         parser.error(f"unknown arguments: {' '.join(unknown)}. Settings are given as key=value.")
     options.overrides = rest

@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,49 +34,53 @@ def registry(folder: Path) -> Iterator[str]:
 
 
 @contextmanager
-def second_engine(folder: Path) -> Iterator[str]:
-    """An empty engine without a network of its own, beside the one that runs; gives its DOCKER_HOST.
+def second_engine(size: str = "6g") -> Iterator[Path]:
+    """An empty engine without a network of its own, in memory, beside the one that runs; gives its folder.
 
-    Args:
-        folder: that of the first engine, MLENV_ENGINE_FOLDER, where there is room.
+    ``host_of`` is its DOCKER_HOST.
     """
-    home = folder / "second"
-    home.mkdir()
-    host = f"unix://{home}/docker.sock"
+    home = Path(tempfile.mkdtemp(prefix="mlenv-second."))
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size},mode=755", "mlenv-second", str(home)], check=True)
     command = [
         *("dockerd", "--data-root", str(home / "data"), "--exec-root", str(home / "exec"), "--pidfile", str(home / "docker.pid")),
-        *("--host", host, "--storage-driver", "overlay2", "--bridge", "none"),
+        *("--host", host_of(home), "--storage-driver", "overlay2", "--bridge", "none"),
         *("--iptables=false", "--ip-forward=false", "--ip-masq=false"),
     ]
-    with (home / "dockerd.log").open("w") as log, subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True) as process:
-        try:
-            _wait((home / "docker.sock").exists, process)
-            yield host
-        finally:
-            process.send_signal(signal.SIGTERM)
-            process.wait()
-            _unmount(home)
-            shutil.rmtree(home)
+    try:
+        with (home / "dockerd.log").open("w") as log, subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True) as process:
+            try:
+                _wait((home / "docker.sock").exists, process)
+                yield home
+            finally:
+                process.send_signal(signal.SIGTERM)
+                process.wait()
+    finally:
+        _unmount(home)
+        home.rmdir()
+
+
+def host_of(home: Path) -> str:
+    return f"unix://{home}/docker.sock"
 
 
 @contextmanager
-def disk_with(free_bytes: int, folder: Path) -> Iterator[None]:
-    """The disk of an engine in memory with no more room than this."""
-    usage = shutil.disk_usage(folder)
-    _remount(folder, usage.used + free_bytes)
+def disk_with(free_bytes: int, home: Path) -> Iterator[None]:
+    """The disk of a second engine with no more room than this."""
+    usage = shutil.disk_usage(home)
+    _remount(home, usage.used + free_bytes)
     try:
         yield
     finally:
-        _remount(folder, usage.total)
+        _remount(home, usage.total)
 
 
-def _remount(folder: Path, size: int) -> None:
-    subprocess.run(["mount", "-o", f"remount,size={size}", str(folder)], check=True)
+def _remount(home: Path, size: int) -> None:
+    subprocess.run(["mount", "-o", f"remount,size={size}", str(home)], check=True)
 
 
 def _unmount(folder: Path) -> None:
     mounted = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()]
-    for place in sorted((place for place in mounted if place.startswith(f"{folder}/")), reverse=True):
+    for place in sorted((place for place in mounted if place == str(folder) or place.startswith(f"{folder}/")), reverse=True):
         subprocess.run(["umount", place], check=False)
 
 
@@ -93,7 +98,6 @@ def _wait(is_there: Any, process: subprocess.Popen[Any], timeout_seconds: float 
         time.sleep(0.05)
 
 
-def engine_folder() -> Path | None:
-    """Where the engine that with_engine.sh started keeps everything; None for another engine."""
-    folder = os.environ.get("MLENV_ENGINE_FOLDER")
-    return Path(folder) if folder else None
+def may_start_engines() -> bool:
+    """Whether with_engine.sh could start one, so that a test can as well."""
+    return "MLENV_ENGINE_FOLDER" in os.environ

@@ -49,9 +49,11 @@ def add_image_commands(verbs: argparse._SubParsersAction[argparse.ArgumentParser
     made = _verb(group, verb, "pull", _pull, "Fetch an image from the registry, by its declaration, its tag or its digest.")
     _add_name(made)
 
-    made = _verb(group, verb, "run", _run, "Run a command in an image: mlenv image run NAME --data FOLDER --out FOLDER -- mlenv train ...")
+    made = _verb(
+        group, verb, "run", _run, "Run the command after -- in an image, or the image's own: mlenv image run NAME -- mlenv train ..."
+    )
     _add_name(made)
-    made.add_argument("command", nargs="*", help="after --; the image's own when left out")
+    made.set_defaults(command=[])
     made.add_argument("--data", action="append", default=[], metavar="FOLDER", help="to read; at the same place inside; may be given again")
     made.add_argument("--out", action="append", default=[], metavar="FOLDER", help="to write; at the same place inside; may be given again")
     made.add_argument("--gpus", default="auto", help="auto: all that the engine has; none, all, or how many")

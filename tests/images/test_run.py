@@ -6,20 +6,24 @@ import io
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import docker
 import pytest
-from image_servers import disk_with, engine_folder, registry, second_engine
+from image_servers import disk_with, host_of, may_start_engines, registry, second_engine
 
 from mlenv.cli import main
 from mlenv.errors import ConfigError, ImageError
-from mlenv.images.build import Image
+from mlenv.images.build import BuildOptions, Image, build
+from mlenv.images.engine import connect
+from mlenv.images.inputs import Inputs
 from mlenv.images.run import RunOptions, container_settings, run
 from mlenv.images.transfer import pull, push
 
 Repo = Callable[..., Path]
+Packed = Callable[[Path], tuple[Inputs, Path]]
 Built = Callable[..., tuple[Image, list[str]]]
 
 
@@ -130,11 +134,10 @@ def test_an_image_goes_to_a_registry_and_to_another_engine(
     assert log == []
     pull(engine, digest)
 
-    home = engine_folder()
-    if home is None:
+    if not may_start_engines():
         return
-    with second_engine(home) as host:
-        monkeypatch.setenv("DOCKER_HOST", host)
+    with second_engine("1g") as home:
+        monkeypatch.setenv("DOCKER_HOST", host_of(home))
         assert main(["image", "pull", digest]) == 0
         assert main(["image", "run", digest, "--network", "none", "--", "python", "-c", "import my_ranker.model as m; print(m.WIDTH)"]) == 0
         assert capfdbinary.readouterr().out.splitlines()[-1] == b"8"
@@ -154,12 +157,20 @@ def test_a_push_that_is_refused(engine: Any, repo: Repo, built: Built, python_ba
 
 
 @pytest.mark.engine
-def test_a_full_disk(engine: Any, repo: Repo, built: Built) -> None:
-    home = engine_folder()
-    if home is None:
-        pytest.skip("the disk of an engine is filled that tests/images/with_engine.sh started")
+def test_a_full_disk(engine: Any, python_base: str, repo: Repo, packed: Packed, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On an engine of its own: others build on this one."""
+    if not may_start_engines():
+        pytest.skip("the disk of an engine is filled that a test started")
     folder = repo()
     (folder / "my_ranker" / "weights").write_bytes(os.urandom(8 << 20))
-    with disk_with(4 << 20, home), pytest.raises(ImageError, match=r"expected room on the engine's disk.*Fix: make room"):
-        built(folder)
-    assert built(folder)[0].is_new
+    base = b"".join(engine.images.get(python_base).save(named=True))
+    with second_engine("1g") as home:
+        monkeypatch.setenv("DOCKER_HOST", host_of(home))
+        with closing(connect()) as small:
+            small.images.load(base)
+            inputs, context = packed(folder)
+            options = BuildOptions(network="none")
+            with disk_with(4 << 20, home), pytest.raises(ImageError, match=r"expected room on the engine's disk.*Fix: make room"):
+                build(small, inputs, context, options, log=lambda line: None)
+            assert [image.tags for image in small.images.list()] == [[python_base]]
+            assert build(small, inputs, context, options, log=lambda line: None).is_new

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
-from image_servers import engine_folder, registry, second_engine
+from image_servers import host_of, may_start_engines, registry, second_engine
 
 from mlenv.cli import main
 from mlenv.images.kept import bill_of_materials, describe
@@ -59,8 +59,7 @@ def model_repo(
 def test_a_repo_trains_in_its_image_as_it_does_outside(
     engine: Any, model_repo: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    home = engine_folder()
-    if home is None:
+    if not may_start_engines():
         pytest.skip("a second engine is started beside the one of tests/images/with_engine.sh alone")
 
     with registry(tmp_path) as address:
@@ -77,8 +76,8 @@ def test_a_repo_trains_in_its_image_as_it_does_outside(
         outside = ["train", "config.yaml", "output=work/outside"]
         subprocess.run([sys.executable, "-m", "mlenv", *outside], check=True)
 
-        with second_engine(home) as host, monkeypatch.context() as patch:
-            patch.setenv("DOCKER_HOST", host)
+        with second_engine() as home, monkeypatch.context() as patch:
+            patch.setenv("DOCKER_HOST", host_of(home))
             assert main(["image", "list"]) == 0
             assert capfd.readouterr().out == ""
             assert main(["image", "pull", digest]) == 0
