@@ -12,9 +12,12 @@ from collections.abc import Collection, Iterator, Mapping
 from email.parser import HeaderParser
 from importlib import metadata
 from pathlib import Path
+from typing import Final
 
-import mlenv
 from mlenv.errors import ConfigError
+
+HOME: Final = Path(__file__).absolute().parents[2]
+"""The folder that mlenv is imported from: a checkout, or site-packages. Not resolved: images/ is linked into the package."""
 
 
 def copy_wheel(source: str, folder: Path) -> Path | None:
@@ -38,8 +41,7 @@ def copy_wheel(source: str, folder: Path) -> Path | None:
         return _built(Path(source), folder)
     if source:
         return None
-    checkout = _own_checkout()
-    return _built(checkout, folder) if checkout else _packed_again(folder)
+    return _built(HOME, folder) if (HOME / "pyproject.toml").is_file() else _packed_again(folder)
 
 
 def unmet_requirements(wheel: Path, pinned: Mapping[str, str], left_out: Collection[str]) -> Iterator[ConfigError]:
@@ -63,12 +65,6 @@ def unmet_requirements(wheel: Path, pinned: Mapping[str, str], left_out: Collect
             yield ConfigError("lock", expected=f"{requirement}, which mlenv asks for", received="no such package", fix=fix)
         elif not requirement.specifier.contains(pinned[package], prereleases=True):
             yield ConfigError("lock", expected=f"{requirement}, which mlenv asks for", received=f"{package}=={pinned[package]}")
-
-
-def _own_checkout() -> Path | None:
-    """The checkout that the mlenv that runs lies in, if it does."""
-    checkout = Path(mlenv.__file__).resolve().parent.parent
-    return checkout if (checkout / "pyproject.toml").is_file() else None
 
 
 def _built(checkout: Path, folder: Path) -> Path:

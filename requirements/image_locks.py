@@ -28,7 +28,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "serve-cuda": ("serve",),
     "ray-worker": (*TRAINING, "ray", "tune"),
 }
-"""Extras of mlenv that an image holds. dev has the whole of requirements/cpu.txt, by a link."""
+"""Extras of mlenv that an image holds. dev has the whole of requirements/cpu.txt."""
 ONLY_TRAINING = {"fsspec", "jinja2", "lightning", "mlflow", "polars", "safetensors", "scipy", "tqdm"}
 LEFT_OUT: dict[str, set[str]] = {"serve-cpu": {*ONLY_TRAINING, "torch"}, "serve-cuda": ONLY_TRAINING}
 """What mlenv asks for and an image does without, as ``left_out`` in the catalogue says too; another package may still ask for it."""
@@ -41,6 +41,7 @@ def main() -> None:
     on_cpu = metadata_by_name(resolve(["--requirement", str(LOCK)], "--no-deps"))
     on_cuda = on_cpu | cuda_metadata(on_cpu)
     OUT.mkdir(exist_ok=True)
+    (OUT / "dev.txt").write_text(LOCK.read_text())
     for image, extras in EXTRAS.items():
         roots = [*package["dependencies"], *(line for extra in extras for line in package["optional-dependencies"][extra])]
         roots = [line for line in roots if name_of(line) not in LEFT_OUT.get(image, ())]

@@ -18,6 +18,7 @@ Repo = Callable[..., Path]
 Packed = Callable[[Path], tuple[Inputs, Path]]
 
 AMD = "amd64"
+ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def test_the_context_holds_the_declared_files_alone(repo: Repo, packed: Packed, wheel: Path) -> None:
@@ -107,6 +108,7 @@ def test_the_catalogue_packs(tmp_path: Path, wheel: Path) -> None:
     assert not {"ray", "pytest", "fbgemm-gpu"} & images["train-cpu"].keys()
     assert "fbgemm-gpu" in images["train-cuda"]
     assert {"fbgemm-gpu-cpu", "fbgemm-gpu"} & images["serve-cuda"].keys() == set()
+    assert (ROOT / "images/locks/dev.txt").read_text() == (ROOT / "requirements/cpu.txt").read_text(), "run make lock"
     shared = images["train-cpu"].keys() & images["dev"].keys()
     assert {name: images["train-cpu"][name] for name in shared} == {name: images["dev"][name] for name in shared}
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-import mlenv
 from mlenv.errors import ConfigError
+from mlenv.images import mlenv_wheel
 from mlenv.images.mlenv_wheel import copy_wheel, unmet_requirements
 
 
@@ -21,7 +21,7 @@ def test_an_installed_mlenv_is_packed_as_it_came(wheel: Path, tmp_path: Path, mo
     record.write_text(record.read_text() + "../bin/mlenv,,\nmlenv/__pycache__/cli.pyc,,\n" + f"{record.parent.name}/INSTALLER,,\n")
     (record.parent / "INSTALLER").write_text("pip")
     monkeypatch.syspath_prepend(str(site))
-    monkeypatch.setattr(mlenv, "__file__", str(site / "mlenv" / "__init__.py"))
+    monkeypatch.setattr(mlenv_wheel, "HOME", site)
     packed = copy_wheel("", tmp_path / "out")
     assert packed is not None
     assert packed.name == wheel.name
