@@ -30,6 +30,8 @@ NAME, INPUTS, TORCH, VERSION, LOCK = "mlenv.name", "mlenv.inputs", "mlenv.torch"
 REVISION: Final = "org.opencontainers.image.revision"
 
 _SMOKE_TEST_SECONDS: Final = 300
+_NO_ENTRY_POINT: Final = ("",)
+"""Says to the engine that the image's own is not wanted; an empty list says nothing."""
 
 Log = Callable[[str], None]
 
@@ -147,13 +149,13 @@ def build(
     builder = find_builder()
     (context / "Dockerfile").write_text(inputs.dockerfile)
     known = {
+        **(labels or {}),
         NAME: inputs.name,
         INPUTS: digest,
         VERSION: _mlenv_version(inputs),
         TORCH: inputs.pinned.get("torch", ""),
         LOCK: inputs.files.get("packages.txt", ""),
         "org.opencontainers.image.base.name": inputs.spec.base,
-        **(labels or {}),
     }
     with tempfile.TemporaryDirectory() as folder:
         id_file = Path(folder) / "id"
@@ -190,7 +192,7 @@ def smoke_test(engine: Any, image_id: str, inputs: Inputs) -> None:
     command = list(inputs.spec.smoke_command)
     place = f"images.{inputs.name}: smoke test {' '.join(command)!r}"
     try:
-        container = engine.containers.create(image_id, command, entrypoint=[], network_mode="none")
+        container = engine.containers.create(image_id, command, entrypoint=_NO_ENTRY_POINT, network_mode="none")
         try:
             container.start()
             code = container.wait(timeout=_SMOKE_TEST_SECONDS)["StatusCode"]

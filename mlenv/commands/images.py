@@ -224,7 +224,10 @@ def _push(options: argparse.Namespace) -> int:
     from mlenv.images.transfer import push
 
     engine = connect()
-    print(push(engine, _reference(engine, options.name, options.registry)))
+    reference = _reference(engine, options.name, options.registry)
+    if "/" not in reference:
+        raise ConfigError("--registry", expected="a registry to push to", received="none", fix=f"--registry HOST/PATH, or set {REGISTRY}")
+    print(push(engine, reference))
     return DONE
 
 

@@ -81,7 +81,7 @@ def test_an_image_is_built_once_and_a_changed_line_builds_the_last_layer(engine:
 
 def test_the_layers_hold_what_is_planted_in_a_file(engine: Any, repo: Repo, built: Built) -> None:
     """Or the search for a secret above would find nothing in any image."""
-    folder = repo()
+    folder = repo(entry_point=["nowhere"])  # which the smoke test does without
     (folder / "my_ranker" / "certificate.txt").write_text(CERTIFICATES)
     image, _ = built(folder)
     assert CERTIFICATES.encode() in layers(engine, image.reference)

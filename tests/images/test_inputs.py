@@ -154,7 +154,7 @@ def test_a_tampered_context_is_refused(repo: Repo, packed: Packed) -> None:
 
 def test_mlenv_is_a_version_or_a_path(repo: Repo, packed: Packed) -> None:
     inputs, _ = packed(repo(mlenv="1.2.3"))
-    assert "install --root /mlenv-root mlenv==1.2.3" in inputs.dockerfile
+    assert "--root /mlenv-root mlenv==1.2.3" in inputs.dockerfile
     with pytest.raises(Problems, match="write a path with a slash"):
         packed(repo(mlenv="latest"))
     with pytest.raises(Problems, match="expected a wheel that is there"):
