@@ -68,6 +68,7 @@ class BuildQueue:
     jobs: dict[str, Job] = field(default_factory=dict)
     waiting: SimpleQueue[Job | None] = field(default_factory=SimpleQueue)
     lock: Lock = field(default_factory=Lock)
+    is_closed: bool = False
 
     def __post_init__(self) -> None:
         shutil.rmtree(self.folder / "contexts", ignore_errors=True)
@@ -123,6 +124,7 @@ class BuildQueue:
 
     def close(self) -> None:
         """Ends after the build that is under way."""
+        self.is_closed = True
         self.waiting.put(None)
         self.thread.join()
 
@@ -132,7 +134,7 @@ class BuildQueue:
             raise QueueFullError(f"{waiting} builds wait already; come again")
 
     def _work(self) -> None:
-        while job := self.waiting.get():
+        while (job := self.waiting.get()) and not self.is_closed:
             assert job.context is not None
             job.state = "running"
             try:
