@@ -78,6 +78,7 @@ def test_a_repo_trains_in_its_image_as_it_does_outside(
 
         with second_engine() as home, monkeypatch.context() as patch:
             patch.setenv("DOCKER_HOST", host_of(home))
+            capfd.readouterr()
             assert main(["image", "list"]) == 0
             assert capfd.readouterr().out == ""
             assert main(["image", "pull", digest]) == 0
