@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -15,21 +16,57 @@ if TYPE_CHECKING:
     from mlenv.batch import Extra
 
 
-def extra_columns(schema: Schema, extras: Collection[Extra]) -> tuple[str, ...]:
-    """Columns that these extras of a batch are made from, each once."""
-    teachers = (label.teacher for label in schema.labels.values())
-    columns: dict[Extra, Iterable[str]] = {"metadata": schema.metadata_columns, "requests": (schema.request,), "teacher": teachers}
-    return tuple(dict.fromkeys(name for extra in extras for name in columns[extra] if name))
+@dataclass(frozen=True, kw_only=True)
+class ReadColumns:
+    """What of the data a source reads for a schema."""
+
+    schema: Schema
+    extras: Collection[Extra] = ()
+    """Parts of the batches that are made beside features and labels."""
+    carried: tuple[str, ...] = ()
+    """Columns of the metadata beside those of the schema."""
+    has_labels: bool = True
+    """Whether there are labels; without, none of their columns is read."""
+
+    @property
+    def metadata(self) -> tuple[str, ...]:
+        """Columns that pass through, each once."""
+        hidden = () if self.has_labels else self.schema.label_columns
+        return tuple(dict.fromkeys([*(name for name in self.schema.metadata_columns if name not in hidden), *self.carried]))
+
+    @property
+    def of_extras(self) -> tuple[str, ...]:
+        """Columns that the extras are made from, each once."""
+        teachers = (label.teacher for label in self.schema.labels.values())
+        columns: dict[Extra, Iterable[str]] = {"metadata": self.metadata, "requests": (self.schema.request,), "teacher": teachers}
+        return tuple(dict.fromkeys(name for extra in self.extras for name in columns[extra] if name))
+
+    @property
+    def all(self) -> tuple[str, ...]:
+        """Every column, each once."""
+        own = self.schema.columns if self.has_labels else self.schema.feature_columns
+        return tuple(dict.fromkeys((*own, *self.of_extras)))
 
 
-def check_columns(columns: pa.Schema, schema: Schema, place: str, *, extras: Collection[Extra] = ()) -> Iterator[MlenvError]:
-    """Yields an error for every column that is missing or whose type the schema does not accept."""
+def check_columns(
+    columns: pa.Schema,
+    schema: Schema,
+    place: str,
+    *,
+    extras: Collection[Extra] = (),
+    carried: tuple[str, ...] = (),
+    has_labels: bool = True,
+) -> Iterator[MlenvError]:
+    """Yields an error for every column that is missing or whose type the schema does not accept; see ReadColumns."""
+    read = ReadColumns(schema=schema, extras=extras, carried=carried, has_labels=has_labels)
     types = {field.name: field.type for field in columns}
-    names = dict.fromkeys((*schema.columns, *extra_columns(schema, extras)))
-    for name in (name for name in names if name not in types):
+    for name in (name for name in read.all if name not in types):
         fix = f"write the column, or take it out of the schema; {nearest(name, types)}"
         yield DataError(f"{place}, column {name!r}", expected="a column of this name", received="none", fix=fix)
+    hidden = () if has_labels else schema.label_columns
     for column, expected, accepts in _expected_types(schema):
+        if column in hidden:
+            continue
         if column in types and not accepts(types[column]):
             fix = "write the column with that type, or change the schema"
             yield DataError(f"{place}, column {column!r}", expected=expected, received=str(types[column]), fix=fix)

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from mlenv.datasets.columns import ReadColumns
 from mlenv.datasets.encoded_rows import EncodedRows, Floats, Integers, Jagged, ranges
 from mlenv.datasets.hashing import as_int64, hash_ids
 from mlenv.datasets.lists import as_list, list_lengths
@@ -26,15 +27,23 @@ class RowError(Exception):
         self.row, self.column, self.expected, self.received, self.fix = row, column, expected, received, fix
 
 
-def encode(rows: pa.RecordBatch, schema: Schema, *, extras: Collection[Extra] = ()) -> EncodedRows:
-    """Turns the columns that the schema names into numbers. Column types were checked by ``check_columns``.
+def encode(
+    rows: pa.RecordBatch,
+    schema: Schema,
+    *,
+    extras: Collection[Extra] = (),
+    carried: tuple[str, ...] = (),
+    has_labels: bool = True,
+) -> EncodedRows:
+    """Turns the columns that the schema names into numbers. Column types were checked by ``check_columns``; see ReadColumns.
 
     Raises:
         RowError: names the first row whose value cannot be used.
     """
     sparse, dense = encode_features(rows, schema)
-    labels, weights = _encode_labels(rows, schema)
-    metadata = rows.select(list(schema.metadata_columns)) if "metadata" in extras else None
+    labels, weights = _encode_labels(rows, schema) if has_labels else _no_labels(rows.num_rows, schema)
+    passed = ReadColumns(schema=schema, carried=carried, has_labels=has_labels).metadata
+    metadata = rows.select(list(passed)) if "metadata" in extras else None
     requests = _encode_requests(rows.column(schema.request)) if "requests" in extras else None
     teacher = _encode_teacher(rows, schema) if "teacher" in extras else None
     return EncodedRows(schema, sparse, dense, labels, weights, metadata, requests, teacher)
@@ -221,6 +230,12 @@ def _encode_labels(rows: pa.RecordBatch, schema: Schema) -> tuple[Floats, Floats
         labels[:, place] = np.where(weight > 0, values, 0)
         weights[:, place] = weight
     return labels, weights
+
+
+def _no_labels(num_rows: int, schema: Schema) -> tuple[Floats, Floats]:
+    """Weights of 0 hide the labels of every row."""
+    shape = num_rows, len(schema.labels)
+    return np.zeros(shape, np.float32), np.zeros(shape, np.float32)
 
 
 def _encode_requests(column: pa.Array) -> Integers:

@@ -9,7 +9,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -22,13 +22,13 @@ import pyarrow.parquet as pq
 from mlenv.batch import START, Batch, Extra, Position
 from mlenv.composition import to_plain
 from mlenv.config import TRANSFORMS, DataConfig, TableTransform, WindowConfig, is_day
-from mlenv.datasets.columns import check_columns, extra_columns
+from mlenv.datasets.columns import ReadColumns, check_columns
 from mlenv.datasets.division import Division, Piece
 from mlenv.datasets.encoded_rows import EncodedRows, Integers, join, tell_apart, to_batch
 from mlenv.datasets.encoding import RowError, encode
 from mlenv.errors import ConfigError, DataError, MlenvError, PlacedError, Problems, TableError, placed_under
 from mlenv.schema import Schema
-from mlenv.transforms import Found, Plan, Rows, Transforms, open_tables
+from mlenv.transforms import Found, Plan, Rows, Transforms, open_tables, without
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +51,18 @@ class RowGroup:
     num_rows: int
 
 
+@dataclass(frozen=True)
+class LoggedRows:
+    """All rows of some row groups as they are stored, and those that the transforms leave as numbers."""
+
+    metadata: pa.Table
+    """Of all rows, in order. What a transform writes is null where the row is left out."""
+    kept: Rows | None
+    """Which of them ``encoded`` has; None for all."""
+    encoded: EncodedRows
+    """Without metadata."""
+
+
 class ParquetSource:
     """Rows of one window of a data set, as batches.
 
@@ -66,6 +78,9 @@ class ParquetSource:
         extras: parts of the batches that are read only when asked for. With ``requests``, whole requests are permuted
             instead of rows, so that the rows of a request follow one another and losses within a request find their
             pairs. A request is cut where a batch or a window ends in the middle of it.
+        carried: columns that the metadata hold beside those of the schema; of any type.
+        has_labels: whether the labels are read. Without, none of their columns need be there, their weights are 0, and the
+            transforms that read or write them do not act.
 
     Raises:
         ConfigError: requests are asked for, and the schema names no column of them.
@@ -84,20 +99,24 @@ class ParquetSource:
         seed: int = 0,
         num_epochs: int = 1,
         extras: Collection[Extra] = (),
+        carried: tuple[str, ...] = (),
+        has_labels: bool = True,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
         self.schema, self.batch_size, self.num_epochs = schema, config.batch_size, num_epochs
         self._window_rows = config.shuffle_rows if shuffle else 0
         self._shuffle, self._seed, self._workers = shuffle and config.shuffle_rows > 0, seed, config.workers.build()
-        self._extras, self._rank, self._world_size = extras, rank, world_size
+        self._rank, self._world_size = rank, world_size
         self.division = Division()
         """How a training that goes on with another number of ranks has divided its rows; set before rows are asked for."""
         if "requests" in extras and not schema.request:
             raise ConfigError("schema.request", expected="the column that groups rows shown together", received=schema.request)
         self._config, self._window = config, window
-        self._transforms = Transforms(open_tables(config.transforms, schema.event_time), schema.row_key, is_training=is_training)
-        self._plan = self._transforms.plan((*schema.columns, *extra_columns(schema, extras)))
+        self._columns_read = ReadColumns(schema=schema, extras=extras, carried=carried, has_labels=has_labels)
+        transforms = config.transforms if has_labels else without(config.transforms, schema.label_columns)
+        self._transforms = Transforms(open_tables(transforms, schema.event_time), schema.row_key, is_training=is_training)
+        self._plan = self._transforms.plan(self._columns_read.all)
         self._filesystem, self._data = open_folder(config.path)
         self._root = str(PurePosixPath(self._data, window.path))
         self._bad: dict[str, MlenvError] = {}
@@ -247,6 +266,21 @@ class ParquetSource:
         if parts:
             yield to_batch(parts, position)
 
+    def logged(self, groups: Sequence[RowGroup]) -> LoggedRows:
+        """Row groups with all of their rows, those too that the transforms leave out; asked for with ``metadata``.
+
+        Raises:
+            DataError: see ``batches``.
+        """
+        parts = [self._encode_kept(group) for group in groups]
+        metadata = [self._logged_metadata(group, encoded.metadata, kept) for group, (encoded, kept) in zip(groups, parts, strict=True)]
+        which = None
+        if any(kept is not None for _, kept in parts):
+            starts = np.cumsum([0, *(group.num_rows for group in groups)])
+            numbers = (np.arange(group.num_rows) if kept is None else kept for group, (_, kept) in zip(groups, parts, strict=True))
+            which = np.concatenate([start + rows for start, rows in zip(starts[:-1], numbers, strict=True)])
+        return LoggedRows(pa.Table.from_batches(metadata), which, join([replace(encoded, metadata=None) for encoded, _ in parts]))
+
     def record_batches(self, columns: tuple[str, ...], *, at_most: int = 0) -> Iterator[pa.RecordBatch]:
         """Columns after transforms, row group by row group in file order; for statistics.
 
@@ -333,13 +367,34 @@ class ParquetSource:
         return epoch, window, rows if (piece.first, piece.last) in ((0, WHOLE), (0, len(rows))) else rows.rows(piece.first, piece.last)
 
     def _encode_group(self, group: RowGroup) -> EncodedRows:
+        return self._encode_kept(group)[0]
+
+    def _encode_kept(self, group: RowGroup) -> tuple[EncodedRows, Rows | None]:
+        """Examples, and which rows of the row group they are; None for all."""
         rows, kept = self._rows(group, self._plan)
+        asked = self._columns_read
         try:
-            return encode(rows, self.schema, extras=self._extras)
+            return encode(rows, self.schema, extras=asked.extras, carried=asked.carried, has_labels=asked.has_labels), kept
         except RowError as error:
             row = error.row if kept is None else kept[error.row]
             place = f"{group.file}, row group {group.index}, row {row}, column {error.column!r}"
             raise DataError(place, expected=error.expected, received=error.received, fix=error.fix) from error
+
+    def _logged_metadata(self, group: RowGroup, metadata: pa.RecordBatch | None, kept: Rows | None) -> pa.RecordBatch:
+        """Metadata of all rows of a row group, given those of the rows that are kept."""
+        assert metadata is not None
+        if kept is None:
+            return metadata
+        written = {name for _, transform in self._plan.steps for name in transform.writes}
+        stored = self._read(group, tuple(name for name in metadata.schema.names if name not in written))
+        places = np.full(group.num_rows, -1)
+        places[kept] = np.arange(len(kept))
+        spread = pa.array(places, mask=places < 0)
+        columns = {
+            name: stored.column(name) if name in stored.schema.names else metadata.column(name).take(spread)
+            for name in metadata.schema.names
+        }
+        return pa.RecordBatch.from_pydict(columns).cast(metadata.schema)
 
     def _rows(self, group: RowGroup, plan: Plan) -> tuple[pa.RecordBatch, Rows | None]:
         """The rows that the transforms leave of a row group, and which of its rows they are; None for all."""
@@ -487,7 +542,8 @@ class ParquetSource:
         footers = {file: footer for file, footer in read.items() if not isinstance(footer, DataError)}
         self._columns_by_file, problems = self._transformed_columns(footers)
         for file, columns in self._columns_by_file.items():
-            problems += check_columns(columns, self.schema, file, extras=self._extras)
+            asked = self._columns_read
+            problems += check_columns(columns, self.schema, file, extras=asked.extras, carried=asked.carried, has_labels=asked.has_labels)
         if problems:
             raise Problems(f"data under {self._root}", problems)
         self._extra_types = self._common_types()
@@ -533,7 +589,7 @@ class ParquetSource:
             DataError: names the column and the file that does not go with the others.
         """
         common: dict[str, pa.DataType] = {}
-        names = extra_columns(self.schema, self._extras)
+        names = self._columns_read.of_extras
         for file, columns in self._columns_by_file.items():
             for name in names:
                 found = columns.field(name).type

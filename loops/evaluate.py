@@ -1,4 +1,4 @@
-"""Scoring held-out rows: predictions, metrics, files of predictions."""
+"""Scoring held-out rows while the model is at hand: predictions, metrics, files of predictions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from mlenv.batch import Batch
-from mlenv.errors import ConfigError
 from mlenv.loops.calibration import Calibrator, predictions_from
 from mlenv.loops.fit import BatchSource
 from mlenv.loops.metrics import BinaryMetrics, ReliabilityCurve
@@ -85,20 +84,3 @@ def evaluate(
         before.compute() if calibrators else {},
         {task: before.reliability(task) for task in calibrators},
     )
-
-
-def predict(model: nn.Module, source: BatchSource, predictions: Path, calibrators: Mapping[str, Calibrator] | None = None) -> int:
-    """Writes one row of predictions per row of the source, with the row key, and returns how many.
-
-    Raises:
-        ConfigError: the schema names no row key, so that nobody could tell which row a prediction belongs to.
-    """
-    if not source.schema.row_key:
-        raise ConfigError("schema.row_key", expected="columns that identify a row", received=[], fix="name them in the schema")
-    num_rows = 0
-    with PredictionWriter(predictions, source.schema.tasks) if is_main() else nullcontext() as writer:
-        for batch, logits in score(model, source):
-            num_rows += len(batch)
-            if writer is not None:
-                writer.write(batch, predictions_from(logits, batch.metadata, source.schema.tasks, calibrators or {}))
-    return num_rows

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mlenv.batch import Batch
+    from mlenv.batch_inference import predict
     from mlenv.composition import compose
     from mlenv.experiment import Experiment
-    from mlenv.loops.evaluate import evaluate, predict
+    from mlenv.loops.evaluate import evaluate
     from mlenv.loops.fit import fit
     from mlenv.schema import Schema
     from mlenv.step_replay import replay
@@ -29,7 +30,7 @@ _HOME = {
     "compose": "mlenv.composition",
     "evaluate": "mlenv.loops.evaluate",
     "fit": "mlenv.loops.fit",
-    "predict": "mlenv.loops.evaluate",
+    "predict": "mlenv.batch_inference",
     "replay": "mlenv.step_replay",
     "train": "mlenv.training",
 }

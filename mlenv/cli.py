@@ -8,12 +8,19 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+from mlenv.commands.ci import add_ci_commands
 from mlenv.commands.data import add_data_commands
 from mlenv.commands.doctor import add_doctor_commands
 from mlenv.commands.features import add_feature_commands
 from mlenv.commands.images import add_image_commands
+from mlenv.commands.insight import add_insight_commands
 from mlenv.commands.jobs import add_job_commands
+from mlenv.commands.model_repo import add_model_repo_commands
+from mlenv.commands.monitoring import add_monitoring_commands
+from mlenv.commands.offline import add_offline_commands
+from mlenv.commands.prediction import add_prediction_commands
 from mlenv.commands.registry import add_registry_commands
+from mlenv.commands.replay import add_replay_commands
 from mlenv.commands.search import add_search_commands
 from mlenv.commands.serving import add_serving_commands
 from mlenv.commands.tracking import add_tracking_commands
@@ -86,15 +93,22 @@ def _parser() -> argparse.ArgumentParser:
 
     for add in (
         add_training_commands,
+        add_prediction_commands,
         add_data_commands,
         add_search_commands,
         add_job_commands,
         add_feature_commands,
         add_registry_commands,
+        add_insight_commands,
         add_serving_commands,
+        add_replay_commands,
+        add_monitoring_commands,
+        add_offline_commands,
         add_tracking_commands,
         add_doctor_commands,
         add_image_commands,
+        add_ci_commands,
+        add_model_repo_commands,
     ):
         add(verbs, verb)
     return parser

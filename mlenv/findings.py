@@ -35,6 +35,13 @@ FIXES = {
     "repeated_rows": "remove the repeated rows",
     "backfill_label_auc": "look for rows of the back-fill that hold what happened after the event, such as the rest of its day",
     "backfill_disagreement": "make the back-fill compute what the service logged: the same source, time and rounding",
+    **dict.fromkeys(
+        ("score_psi", "score_distance"),
+        "look which feature moved (mlenv skew, mlenv replay); train anew if the world has changed; roll back if the model is new",
+    ),
+    "score_calibration": "fit the calibrators anew (mlenv evaluate), or train anew; see that the labels are complete",
+    "data_age_hours": "find what stopped writing the log",
+    "model_age_days": "train on newer days: mlenv train, mlenv register, mlenv promote",
     "leakage_auc": "take the feature out if it is known only after the label",
 }
 """What to do about a finding, by check."""

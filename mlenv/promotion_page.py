@@ -46,8 +46,8 @@ def render_promotion(page: PromotionPage) -> str:
         mark="pass" if page.verdict.is_passed else "held",
         failures=[(one, FIXES[one.gate]) for one in page.verdict.failures],
         gates=_gates(gates),
-        charts_of_gains=_charts(page.figures),
-        figures=_figures(page.figures),
+        charts_of_gains=gain_charts(page.figures, "champion"),
+        figures=figures_table(page.figures, "Challenger", "Champion"),
         losses=_losses(page.losses),
     )
 
@@ -61,7 +61,7 @@ def _gates(gates: dict[str, list[Judgement]]) -> Table:
     return Table(["Gate", "Verdict", "Judged", "Failed"], 1, rows)
 
 
-def _charts(figures: Sequence[Figure]) -> list[Chart]:
+def gain_charts(figures: Sequence[Figure], other: str) -> list[Chart]:
     """For each metric the gain of each task and segment, as three dots: the ends of the interval and the middle."""
     charts = []
     for metric in dict.fromkeys(figure.metric for figure in figures):
@@ -72,17 +72,24 @@ def _charts(figures: Sequence[Figure]) -> list[Chart]:
         ends = [(end, row) for row, figure in enumerate(shown) for end in (figure.gain_low, figure.gain_high) if end is not None]
         middles = [(figure.gain, row) for row, figure in enumerate(shown) if figure.gain is not None]
         reach = 1.1 * max([abs(value) for value, _ in ends], default=1.0) or 1.0
-        names = [f"{figure.task} {figure.segment}".strip() for figure in shown]
+        names = [_lines(figure) for figure in shown]
         series = [
             Series("interval", ends, NEUTRAL, "dots"),
             Series("gain", middles, 0, "dots"),
-            Series("champion", [(0.0, 0)], NEUTRAL, "level"),
+            Series(other, [(0.0, 0)], NEUTRAL, "level"),
         ]
-        charts.append(dot_chart(f"{METRICS[metric]}: gain over the champion", names, series, (-reach, reach)))
+        charts.append(dot_chart(f"{METRICS[metric]}: gain over the {other}", names, series, (-reach, reach)))
     return charts
 
 
-def _figures(figures: Sequence[Figure]) -> Table:
+def _lines(figure: Figure) -> str:
+    """Task and segment as a chart has room for them: the value on a line of its own, for it is what tells rows apart."""
+    column, _, value = figure.segment.partition("=")
+    return f"{figure.task}, {column}\n{value}" if value else figure.task
+
+
+def figures_table(figures: Sequence[Figure], one: str, other: str) -> Table:
+    """Every figure with its interval, beside that of the other model."""
     rows = []
     for figure in figures:
         against = [Cell(""), Cell(""), Cell("")]
@@ -101,7 +108,7 @@ def _figures(figures: Sequence[Figure]) -> Table:
                 *against,
             ]
         )
-    return Table(["Metric", "Task and segment", "Challenger", "Champion", "Gain", "Interval of the gain"], 2, rows)
+    return Table(["Metric", "Task and segment", one, other, "Gain", "Interval of the gain"], 2, rows)
 
 
 def _losses(losses: Sequence[Loss]) -> Table:

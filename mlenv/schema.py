@@ -327,6 +327,13 @@ class Schema:
         return tuple(dict.fromkeys(name for name in (*self.row_key, self.request, self.event_time, *self.segments, *truths) if name))
 
     @property
+    def label_columns(self) -> tuple[str, ...]:
+        """Columns that labels read and no feature does, with their masks, weights, truths and teachers, each once."""
+        parts = ((label.column or task, label.mask, label.weight, label.truth, label.teacher) for task, label in self.labels.items())
+        apart = {"", *self.feature_columns}
+        return tuple(dict.fromkeys(name for names in parts for name in names if name not in apart))
+
+    @property
     def feature_columns(self) -> tuple[str, ...]:
         """Columns that features read, each once."""
         return tuple(dict.fromkeys([*(key.column for key in self.sparse_keys), *(dense.column for dense in self.dense_columns)]))

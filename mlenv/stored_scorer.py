@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,9 +17,9 @@ from mlenv.errors import ConfigError
 from mlenv.kinds import kind_field
 from mlenv.loops.calibration import CALIBRATORS_FILE, Calibrator, calibrators_from_json, predictions_from
 from mlenv.loops.checkpoint import read_document, verify
-from mlenv.mlflow_store import store_uri
+from mlenv.mlflow_store import open_store, store_uri
 from mlenv.schema import Schema
-from mlenv.stored_model import ModelSections, build_stored_model, find_checkpoint, read_sections
+from mlenv.stored_model import MLFLOW_SCHEMES, ModelSections, build_stored_model, find_checkpoint, fingerprint_of, read_sections
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,8 @@ class ScoringSections:
     """What of a checkpoint's config says how rows are read for its model, and what they are held to."""
 
     data: DataConfig
+    name: str = ""
+    """Of the experiment."""
     calibration: dict[str, CalibratorConfig] = kind_field(CALIBRATORS, default_factory=dict)
     loop: LoopConfig = LoopConfig()
     checks: ChecksConfig = ChecksConfig()
@@ -53,6 +56,7 @@ class StoredScorer:
         self.sections = read_sections(checkpoint, ScoringSections)
         model = read_sections(checkpoint, ModelSections)
         self.schema: Schema = model.schema
+        self.fingerprint = fingerprint_of(checkpoint)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model: nn.Module = build_stored_model(checkpoint, model, self.device)
         text = read_document(checkpoint, CALIBRATORS_FILE)
@@ -67,11 +71,17 @@ class StoredScorer:
         tensors = [*self.model.parameters(), *self.model.buffers()]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
-    def source(self, rows: HeldOut, passed_through: Schema | None = None) -> ParquetSource:
+    def replica(self) -> StoredScorer:
+        """Another one over the same weights, for another thread: a model may keep what it computes on the way in itself."""
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        return deepcopy(self, {id(shared): shared for shared in (*tensors, self.schema, self.sections)})
+
+    def source(self, rows: HeldOut, passed_through: Schema | None = None, *, has_labels: bool = True) -> ParquetSource:
         """The rows as this model reads them.
 
         Args:
             passed_through: whose row key, request and segments the rows carry, beside this model's own segments.
+            has_labels: whether the labels are read. Without, their columns need not be there.
         """
         schema = self.schema
         if passed_through is not None:
@@ -79,7 +89,7 @@ class StoredScorer:
             schema = replace(schema, row_key=passed_through.row_key, request=passed_through.request, segments=segments)
         data = replace(self.sections.data, path=rows.path, allow_missing_days=True)
         extras: tuple[Extra, ...] = ("metadata",)
-        return ParquetSource(data, rows.window, schema, extras=extras)
+        return ParquetSource(data, rows.window, schema, extras=extras, has_labels=has_labels)
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Tensor:
@@ -97,8 +107,11 @@ def open_scorer(name: str, tracking_uri: str = "", key: str = "MODEL") -> Stored
 
     Raises:
         ConfigError: there is no such model.
+        DataError: there is no database of tracked runs.
         CheckpointError: it is damaged.
     """
+    if name.startswith(MLFLOW_SCHEMES):
+        open_store(store_uri(tracking_uri))  # where there is none, the look-up would make one
     with tempfile.TemporaryDirectory() as folder:
         return StoredScorer(find_checkpoint(name, store_uri(tracking_uri), key, Path(folder)))
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -121,6 +122,38 @@ class Transforms:
 
     def _reads(self, transform: TransformConfig | WindowTransformConfig) -> tuple[str, ...]:
         return transform.reads if transform.sampling_seed is None else (*transform.reads, *self._row_key)
+
+
+def without(
+    transforms: Sequence[TransformConfig | WindowTransformConfig | TableTransformConfig], columns: Collection[str]
+) -> tuple[TransformConfig | WindowTransformConfig | TableTransformConfig, ...]:
+    """Transforms of a config, in their places, without those that read or write columns that are not there, or what these would write."""
+    absent, kept = set(columns), list(transforms)
+    for place, one in enumerate(transforms):
+        reads = () if isinstance(one, TableTransformConfig) else one.reads
+        if absent.intersection((*reads, *one.writes)):
+            absent.update(one.writes)
+            kept[place] = _LeftOut()
+    return tuple(kept)
+
+
+@dataclass(frozen=True)
+class _LeftOut:
+    """Stands in the place of a transform that does not act."""
+
+    reads: ClassVar[tuple[str, ...]] = ()
+    writes: ClassVar[tuple[str, ...]] = ()
+    drops_rows: ClassVar[bool] = False
+    sampling_seed: ClassVar[None] = None
+
+    def held_out(self) -> None:
+        return None
+
+    def output_schema(self, columns: pa.Schema) -> pa.Schema:
+        return columns
+
+    def apply(self, rows: pa.RecordBatch, row_key: tuple[str, ...]) -> pa.RecordBatch:
+        return rows
 
 
 def open_tables(

@@ -46,6 +46,20 @@ def demo_arguments(ads: Path, tmp_path: Path) -> Callable[..., list[str]]:
 
 
 @pytest.fixture(scope="session")
+def stored_ranker(ads: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Output folder of the demo's model, trained on the small log just long enough to know something; nobody writes to it."""
+    from mlenv import Experiment, compose, fit
+
+    output = tmp_path_factory.mktemp("ranker of a test") / "ranker"
+    settings = [f"data.path={ads}", f"output={output}", "data.train.end=2026-01-02", "data.test.start=2026-01-03", "data.batch_size=128"]
+    settings += ["data.num_epochs=2", "embeddings.engine=torch", "tracking.enabled=false", "loop.checkpoint_every_steps=100"]
+    config = compose(ROOT / "examples/demo/ranker.yaml", settings)
+    with Experiment(config) as experiment:
+        fit(experiment.step, experiment.source("train"), experiment.run, config.loop)
+    return output
+
+
+@pytest.fixture(scope="session")
 def tiny_config(ads: Path) -> str:
     """A config of three features on the small log, which composes and trains in no time."""
     return f"""

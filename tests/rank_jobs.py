@@ -47,6 +47,33 @@ def evaluate_each(cases: Mapping[str, Sequence[str]]) -> dict[str, dict[str, flo
     return metrics
 
 
+def train_in_ways(folder: Path, ways: Mapping[str, Sequence[str]]) -> dict[str, dict[str, Any]]:
+    """The losses and positions that this rank saw of a training in several ways, each in the folder of its name."""
+    from mlenv import Experiment, compose, fit
+    from mlenv.loops.journal import Journal
+
+    _be_quiet()
+    found = {}
+    for way, settings in ways.items():
+        config = compose(ROOT / "examples/demo/ranker.yaml", [*settings, f"output={folder / way}"])
+        with Experiment(config) as experiment:
+            advance, positions = experiment.step.advance, []
+
+            def noted(batches, progress, advance=advance, positions=positions):
+                output = advance(batches, progress)
+                if output is not None:
+                    positions.append([output.position.row, output.num_examples])
+                return output
+
+            experiment.step.advance = noted
+            progress = fit(experiment.step, experiment.source("train"), experiment.run, config.loop)
+            own_rows = experiment.source("train").num_own_rows
+        lines = Journal(folder / way / "metrics.jsonl").read()
+        losses = [line["train/click/loss"] for line in lines if "train/click/loss" in line]
+        found[way] = {"steps": progress.step, "own_rows": own_rows, "positions": positions, "losses": losses}
+    return found
+
+
 def skip_and_stop(settings: Sequence[str]) -> dict[str, Any]:
     """A training of which rank 1 has a bad loss in the third step, and is asked to end in the sixth."""
     from mlenv import Experiment, compose, fit

@@ -75,8 +75,10 @@ def test_train_evaluate_and_predict(demo_arguments, capsys, tmp_path):
     assert main(["evaluate", *demo_arguments("loop.max_steps=30")]) == DONE
     assert trained.splitlines()[1:4] == capsys.readouterr().out.splitlines()[1:4]
     assert (output / "report.html").exists()
-    assert main(["predict", *demo_arguments(), "--out", str(tmp_path / "scored")]) == DONE
-    assert capsys.readouterr().out.startswith("2,000 rows scored")
+    assert main(["predict", str(output), "--out", str(tmp_path / "scored")]) == DONE
+    scored = capsys.readouterr().out
+    assert scored.splitlines()[-1] == f"2,000 rows scored with demo-ranker -> {tmp_path / 'scored'}"
+    assert f"{figures['click/auc']:.4f}" in scored
     assert pq.read_table(tmp_path / "scored").equals(pq.read_table(output / "predictions"))
 
 
@@ -94,6 +96,13 @@ def test_a_tracked_training_is_in_mlflow(demo_arguments, tmp_path, monkeypatch, 
     figures = json.loads((tmp_path / "run of a test" / "metrics.json").read_text())
     assert run.data.metrics["test/click/auc"] == pytest.approx(figures["click/auc"])
     assert [metric.step for metric in client.get_metric_history(run.info.run_id, "train/click/loss")] == [5, 10]
+    assert main(["register", "run of a test", "--name", "ranker"]) == DONE
+    assert main(["predict", "models:/ranker@challenger", f"by-run=runs:/{run.info.run_id}/model", "--out", "scored"]) == DONE
+    scored, evaluated = pq.read_table("scored"), pq.read_table("run of a test/predictions")
+    assert scored["prediction_click@demo-ranker"].equals(evaluated["prediction_click"])
+    assert scored["prediction_click@by-run"].equals(evaluated["prediction_click"])
+    assert main(["predict", "models:/ranker@nobody", "--out", "refused"]) == WRONG_INPUT
+    assert "MODEL: expected a model that MLflow keeps. Received: 'models:/ranker@nobody'" in capsys.readouterr().err
     kept = {artifact.path for artifact in client.list_artifacts(run.info.run_id)}
     assert kept == {
         "config.yaml",
@@ -185,7 +194,8 @@ def test_what_is_the_users_is_not_replaced(demo_arguments, refuse, tmp_path, cap
     mine = tmp_path / "mine"
     mine.mkdir()
     pq.write_table(pa.table({"a": [1]}), mine / "part-00000.parquet")
-    assert "expected a new folder, or one of predictions" in refuse("predict", *demo_arguments("loop.max_steps=12"), "--out", str(mine))
+    output = tmp_path / "run of a test"
+    assert "expected a new folder, or one of predictions" in refuse("predict", str(output), "--out", str(mine))
     (mine / "config.yaml").write_text("name: mine\n")
     assert "output: expected a folder for the run alone" in refuse("train", *demo_arguments(f"output={mine}"))
     assert (mine / "config.yaml").read_text() == "name: mine\n"

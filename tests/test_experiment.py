@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +12,12 @@ import polars as pl
 import pyarrow.parquet as pq
 import pytest
 import torch
+from processes import Command
 from safetensors.torch import load_file
 from sklearn.metrics import log_loss, roc_auc_score
 
 from mlenv import Experiment, compose, evaluate, fit, predict, train
-from mlenv.errors import CheckpointError, ConfigError, MlenvError
+from mlenv.errors import DONE, CheckpointError, ConfigError, MlenvError
 from mlenv.loops.checkpoint import list_checkpoints
 from mlenv.loops.fit import Progress
 from mlenv.loops.journal import Journal
@@ -50,6 +47,12 @@ def final_state(output: Path):
         {key: value for key, value in comparable(line).items() if key not in TIMED} for line in Journal(output / "metrics.jsonl").read()
     ]
     return checkpoint.name, tensors_of(checkpoint), journal, json.loads((output / "metrics.json").read_text())
+
+
+def has_step(output: Path, step: int) -> bool:
+    """Whether the step is in the journal."""
+    journal = output / "metrics.jsonl"
+    return journal.exists() and b'"step": %d,' % step in journal.read_bytes()
 
 
 def assert_same_tensors(tensors, others):
@@ -90,38 +93,31 @@ BEST_STEP = [
 @pytest.mark.parametrize(
     "settings",
     [
-        ["data.num_epochs=8", "embeddings.engine=torch"],
-        ["data.num_epochs=8", "embeddings.engine=torchrec"],
+        ["embeddings.engine=torch"],
+        ["embeddings.engine=torchrec"],
         [*BEST_STEP, "embeddings.optimizer=adam", "embeddings.weight_decay=0.01", "optimizer.gradient_clip_norm=1"],
         [*BEST_STEP, "embeddings.engine=torchrec"],
-        [
-            "data.num_epochs=8",
-            "optimizer={kind: lion, weight_decay: 0.1}",
-            "embeddings.tables={user: {optimizer: adam, learning_rate: 0.01}}",
-        ],
-        ["data.num_epochs=8", "optimizer.kind=sgd", "embeddings={engine: torchrec, tables: {item: {optimizer: sgd, learning_rate: 10}}}"],
+        ["optimizer={kind: lion, weight_decay: 0.1}", "embeddings.tables={user: {optimizer: adam, learning_rate: 0.01}}"],
+        ["optimizer.kind=sgd", "embeddings={engine: torchrec, tables: {item: {optimizer: sgd, learning_rate: 10}}}"],
     ],
     ids=["torch", "torchrec", "best step, torch", "best step, torchrec", "lion", "sgd"],
 )
 def test_a_killed_training_ends_as_if_it_had_never_been_killed(demo_arguments, tmp_path, settings):
     train(config(demo_arguments(*settings, output="undisturbed")))
 
-    command = [sys.executable, "-m", "mlenv", "train", *demo_arguments(*settings, output="killed")]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    journal = tmp_path / "killed" / "metrics.jsonl"
-    # The checkpoint of step 10 is written while the steps go on.
-    while not (journal.exists() and b'"step": 15,' in journal.read_bytes() and list_checkpoints(tmp_path / "killed" / "checkpoints")):
-        assert process.poll() is None, process.stderr.read().decode()
-        time.sleep(0.002)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    process.stderr.close()
-    stopped_at = list_checkpoints(tmp_path / "killed" / "checkpoints")[-1].name
+    output, arguments = tmp_path / "killed", ["train", *demo_arguments(*settings, output="killed")]
+    command, checkpoints = Command(arguments, tmp_path / "said"), output / "checkpoints"
+    try:
+        # The checkpoint of step 10 is written while the steps go on.
+        command.wait_until(lambda: has_step(output, 15) and bool(list_checkpoints(checkpoints)))
+    finally:
+        command.end()
+    assert command.exit_code == -signal.SIGKILL
+    stopped_at = list_checkpoints(checkpoints)[-1].name
 
-    finished = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert finished.returncode == 0, finished.stderr
-    assert f"continues from {tmp_path / 'killed' / 'checkpoints'}" in finished.stderr
-    assert stopped_at in finished.stderr
+    again = Command(arguments, tmp_path / "said again")
+    assert again.wait() == DONE, again.said
+    assert f"continues from {checkpoints / stopped_at}, step " in again.said
     assert_identical(tmp_path / "undisturbed", tmp_path / "killed")
 
 
@@ -343,10 +339,11 @@ def test_the_same_from_python(demo_arguments, tmp_path):
     with Experiment(settings) as experiment:
         progress = fit(experiment.step, experiment.source("train"), experiment.run, settings.loop)
         evaluation = evaluate(experiment.model, experiment.source("test"))
-        num_rows = predict(experiment.model, experiment.source("test"), tmp_path / "scored")
+    predicted = predict([experiment.output], tmp_path / "scored")
     assert (progress.step, progress.examples) == (12, 12 * 128)
     assert 0 < evaluation.metrics["click/auc"] < 1
-    assert num_rows == pq.read_table(tmp_path / "scored").num_rows == 2000
+    assert predicted.num_rows == pq.read_table(tmp_path / "scored").num_rows == 2000
+    assert comparable(predicted.metrics["demo-ranker"]) == pytest.approx(comparable(evaluation.metrics))
     with Experiment(settings) as experiment:
         assert experiment.load().name == "step-00000012"
         assert comparable(evaluate(experiment.model, experiment.source("test")).metrics) == comparable(evaluation.metrics)
@@ -404,10 +401,10 @@ def test_predictions_are_calibrated_on_the_validation_window(demo_arguments, tmp
         assert experiment.load() == checkpoint
         assert set(experiment.calibrators) == {"click", "conversion"}
         assert "calibrated with {'click': 'logistic', 'conversion': 'platt'}, not with the config's nothing" in caplog.text
-        predict(experiment.model, experiment.source("test"), tmp_path / "scored", experiment.calibrators)
         again = evaluate(experiment.model, experiment.source("test"), calibrators=experiment.calibrators)
     assert comparable(again.metrics) == comparable(result.evaluation.metrics)
     assert comparable(again.uncalibrated) == comparable(result.evaluation.uncalibrated)
+    predict([checkpoint], tmp_path / "scored")
     scored = pl.from_arrow(pq.read_table(tmp_path / "scored"))["prediction_click"]
     assert scored.equals(rows["prediction_click"])
     with Experiment(config(demo_arguments(*HELD_OUT, "loop.evaluate_every_steps=5", "schema.segments=[]"))) as experiment:

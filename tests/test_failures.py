@@ -9,9 +9,8 @@ import re
 import resource
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
 
@@ -19,47 +18,48 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from mlflow import MlflowClient
+from processes import Command
 
 from mlenv import Experiment, compose, evaluate, train
 from mlenv.errors import DONE, FAILED, STOPPED, StoppedError
 from mlenv.loops.checkpoint import list_checkpoints
 from mlenv.training import evaluate_and_report
-from tests.test_experiment import assert_identical
+from tests.test_experiment import assert_identical, has_step
 
 
 def config(arguments):
     return compose(arguments[0], arguments[1:])
 
 
-def start(arguments, **options) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "mlenv", "train", *arguments]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, **options)
+@pytest.fixture
+def start(tmp_path) -> Iterator[Callable[..., Command]]:
+    """Starts a training in a process of its own."""
+    started = []
 
+    def start(arguments: list[str]) -> Command:
+        started.append(Command(["train", *arguments], tmp_path / f"said {len(started)}"))
+        return started[-1]
 
-def wait_for_step(process: subprocess.Popen[bytes], output: Path, step: int) -> None:
-    """Until the step is in the journal."""
-    journal = output / "metrics.jsonl"
-    while not (journal.exists() and b'"step": %d,' % step in journal.read_bytes()):
-        assert process.poll() is None, process.stderr.read().decode()
-        time.sleep(0.002)
+    yield start
+    for command in started:
+        command.end()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "engine"), [(signal.SIGTERM, "torchrec"), (signal.SIGUSR1, "torch")])
-def test_a_training_that_is_told_to_stop_saves_its_step_and_goes_on_to_the_same_bits(demo_arguments, tmp_path, number, engine):
-    settings = [f"embeddings.engine={engine}", "data.num_epochs=8", "loop.checkpoint_every_steps=1000"]
+def test_a_training_that_is_told_to_stop_saves_its_step_and_goes_on_to_the_same_bits(demo_arguments, tmp_path, start, number, engine):
+    settings = [f"embeddings.engine={engine}", "loop.checkpoint_every_steps=1000"]
     train(config(demo_arguments(*settings, output="undisturbed")))
 
     tracked = demo_arguments(*settings, "tracking.enabled=true", f"tracking.uri=sqlite:///{tmp_path}/mlflow.db", output="stopped")
-    process = start(tracked)
-    wait_for_step(process, tmp_path / "stopped", 15)
-    process.send_signal(number)
-    _, errors = process.communicate()
-    assert process.returncode == STOPPED == os.EX_TEMPFAIL
+    command = start(tracked)
+    command.wait_until(lambda: has_step(tmp_path / "stopped", 15))
+    command.send(number)
+    assert command.wait() == STOPPED == os.EX_TEMPFAIL
     (checkpoint,) = list_checkpoints(tmp_path / "stopped" / "checkpoints")
     step = int(checkpoint.name[5:])
-    assert f"mlenv: stopped by {number.name} after step {step}; the same command goes on" in errors.decode()
-    assert 15 <= step < 240
+    assert f"mlenv: stopped by {number.name} after step {step}; the same command goes on" in command.said
+    assert 15 <= step < 120
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     (run,) = client.search_runs([client.get_experiment_by_name("mlenv").experiment_id])
     assert run.info.status == "KILLED"
@@ -93,23 +93,19 @@ NUM_KILLS = 5
 
 
 @pytest.mark.slow
-def test_a_training_that_is_killed_again_and_again_ends_with_the_same_bits(demo_arguments, tmp_path):
+def test_a_training_that_is_killed_again_and_again_ends_with_the_same_bits(demo_arguments, tmp_path, start):
     """Anywhere in the steps, half of whose time goes into checkpoints."""
-    settings = ["data.num_epochs=24", "loop.log_every_steps=1", "loop.checkpoint_every_steps=2"]
+    settings = ["data.num_epochs=8", "loop.log_every_steps=1", "loop.checkpoint_every_steps=2"]
     train(config(demo_arguments(*settings, output="undisturbed")))
 
     output, random = tmp_path / "killed", Random(1)
     reached = []
     for _ in range(NUM_KILLS):
-        process = start(demo_arguments(*settings, output="killed"))
-        before = last_step(output)
-        while last_step(output) <= before:
-            assert process.poll() is None, process.stderr.read().decode()
-            time.sleep(0.001)
+        command, before = start(demo_arguments(*settings, output="killed")), last_step(output)
+        command.wait_until(lambda before=before: last_step(output) > before)
         time.sleep(random.uniform(0, 0.3))
-        process.kill()
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
+        command.send(signal.SIGKILL)
+        assert command.wait() == -signal.SIGKILL
         reached.append(last_step(output))
     assert reached == sorted(set(reached))
 
@@ -149,27 +145,21 @@ def fill(folder: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_a_full_disk_costs_checkpoints_and_the_training_goes_on_when_there_is_room(demo_arguments, tmp_path, small_disk):
-    settings = ["data.num_epochs=8"]
-    train(config(demo_arguments(*settings, output="undisturbed")))
+def test_a_full_disk_costs_checkpoints_and_the_training_goes_on_when_there_is_room(demo_arguments, tmp_path, small_disk, start):
+    train(config(demo_arguments(output="undisturbed")))
 
-    process = start(demo_arguments(*settings, output="small disk/run"))
-    output = small_disk / "run"
-    wait_for_step(process, output, 15)
-    while not list_checkpoints(output / "checkpoints"):
-        assert process.poll() is None, process.stderr.read().decode()
-        time.sleep(0.002)
+    command, output = start(demo_arguments(output="small disk/run")), small_disk / "run"
+    command.wait_until(lambda: has_step(output, 15) and bool(list_checkpoints(output / "checkpoints")))
     filler = fill(small_disk)
-    _, errors = process.communicate()
-    assert process.returncode == FAILED, errors.decode()
-    assert errors.decode().count("the checkpoint cannot be written") == 1
-    assert errors.decode().count("metrics.jsonl: cannot be written") == 1
-    assert re.search(r"mlenv: step \d+: the last checkpoint cannot be written \(.*No space left on device.*Fix: make room", errors.decode())
+    assert command.wait() == FAILED, command.said
+    assert command.said.count("the checkpoint cannot be written") == 1
+    assert command.said.count("metrics.jsonl: cannot be written") == 1
+    assert re.search(r"mlenv: step \d+: the last checkpoint cannot be written \(.*No space left on device.*Fix: make room", command.said)
     assert list_checkpoints(output / "checkpoints")
     assert not list(output.rglob("*.part"))
 
     filler.unlink()
-    train(config(demo_arguments(*settings, output="small disk/run")))
+    train(config(demo_arguments(output="small disk/run")))
     assert_identical(tmp_path / "undisturbed", output)
 
 
@@ -201,23 +191,20 @@ def files_of_at_most(num_bytes: int) -> Iterator[None]:
 
 
 @pytest.mark.slow
-def test_a_training_whose_source_hangs_is_ended_and_goes_on_when_it_is_started_again(demo_arguments, tmp_path):
+def test_a_training_whose_source_hangs_is_ended_and_goes_on_when_it_is_started_again(demo_arguments, tmp_path, start, monkeypatch):
     settings = demo_arguments("loop.max_steps=30", "loop.hang_timeout_seconds=3")
     (tmp_path / "hangs.py").write_text(HANGING)
     blocked = [*settings, "data.transforms=[{kind: python, function: 'hangs:block', reads: [price], writes: [price]}]"]
     (tmp_path / "block").touch()
-    process = start(blocked, cwd=tmp_path)
-    _, errors = process.communicate(timeout=300)
-    output = tmp_path / "run of a test"
-    assert process.returncode == FAILED
-    assert "no step has ended for 3 s" in errors.decode()
+    monkeypatch.chdir(tmp_path)
+    command, output = start(blocked), tmp_path / "run of a test"
+    assert command.wait() == FAILED
+    assert "no step has ended for 3 s" in command.said
     assert " in block" in (output / "stacks-rank0.txt").read_text()
     assert [path.name for path in list_checkpoints(output / "checkpoints")] == []
 
     (tmp_path / "block").unlink()
-    process = start(blocked, cwd=tmp_path)
-    assert process.wait(timeout=300) == DONE
-    process.stderr.close()
+    assert start(blocked).wait() == DONE
 
 
 HANGING = """

@@ -23,9 +23,9 @@ from mlflow.entities import Run
 
 from mlenv import tracking
 from mlenv.cli import main
-from mlenv.doctor import mlflow_condition
 from mlenv.errors import DONE, WRONG_INPUT, DataError, MlenvError
 from mlenv.loops.journal import JOURNAL_FILE, Journal
+from mlenv.server_conditions import mlflow_condition
 from mlenv.tracking import MlflowTracker, run_tags, send_pending
 
 # MLflow configures its SQLAlchemy models with an option that SQLAlchemy 2.1 deprecates.
@@ -232,19 +232,28 @@ def test_a_server_that_never_answers_holds_nobody(output: Path, monkeypatch: pyt
 
 
 @pytest.mark.slow
-def test_a_server_that_comes_and_goes_gets_every_number_once(
+def test_a_server_that_comes_and_goes_gets_every_number_and_data_set_once(
     output: Path, port: int, start_server: Callable[[], Callable[[], None]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
     journal = Journal(output / JOURNAL_FILE)
     (output / "config.yaml").write_text("name: baseline\n")
+    parts = {"name": "log", "source_type": "local", "source": '{"uri": "/log"}', "schema": "", "profile": '{"num_rows": 3}'}
+    inputs = [parts | {"context": name, "digest": f"digest of {name}"} for name in ("train", "validation", "test")]
 
     away = make_tracker(output)  # no server yet
     away.start({"seed": "0", "empty": ""}, {"git.revision": "abc"})
+    away.log_inputs(inputs)
     away.log_artifact(output / "config.yaml", "configs")
     journal.append(1, {"train/click/loss": 0.5, "train/click/auc": math.nan, "train/click/worst": -math.inf})
     away.finish("KILLED")
+    assert json.loads((output / "tracking.json").read_text())["inputs"] == inputs
     kill_server = start_server()
+    send_pending(output)
+    sent = json.loads((output / "tracking.json").read_text())
+    assert sent["inputs"] == []
+    # As after a kill between the answer of the server and the note of it.
+    (output / "tracking.json").write_text(json.dumps(sent | {"inputs": inputs}))
     send_pending(output)
     client = MlflowClient(tracking_uri=f"http://127.0.0.1:{port}")
     run = the_run(client)
@@ -256,6 +265,7 @@ def test_a_server_that_comes_and_goes_gets_every_number_once(
 
     resumed = make_tracker(output)
     resumed.start({"seed": "0"}, {})
+    resumed.log_inputs([*inputs[:2], parts | {"context": "test", "digest": "of other rows"}])
     journal.append(2, {"train/click/loss": 0.25})
     wait_until(lambda: history(client, run, "train/click/loss") == [(1, 0.5), (2, 0.25)])
     wait_until(lambda: the_run(client).info.status == "RUNNING")
@@ -273,7 +283,14 @@ def test_a_server_that_comes_and_goes_gets_every_number_once(
     assert main(["runs", "send", str(output)]) == DONE
     assert mlflow_condition(os.environ["MLFLOW_TRACKING_URI"]).found == f"http://127.0.0.1:{port} answers"
     assert history(client, run, "train/click/loss") == [(1, 0.5), (2, 0.25), *((step, 1 / step) for step in range(3, 103))]
-    assert the_run(client).info.status == "FINISHED"
+    run = the_run(client)
+    assert run.info.status == "FINISHED"
+    assert run.inputs is not None
+    found = sorted((one.tags[0].key, one.tags[0].value, one.dataset.digest) for one in run.inputs.dataset_inputs)
+    expected = [(one["context"], one["digest"]) for one in inputs] + [("test", "of other rows")]
+    assert found == sorted(("mlflow.data.context", *pair) for pair in expected)
+    first = run.inputs.dataset_inputs[0].dataset
+    assert (first.name, first.source_type, first.source, first.profile) == ("log", "local", '{"uri": "/log"}', '{"num_rows": 3}')
 
 
 @pytest.mark.slow
@@ -397,40 +414,3 @@ def test_tags_name_the_revision_and_the_versions(tmp_path: Path, monkeypatch: py
     assert {"version.torch", "version.mlflow", "version.pyarrow", "version.lightning"} <= tags.keys()
     (tmp_path / "model.py").write_text("two")
     assert run_tags()["git.revision"] == f"{revision}-dirty"
-
-
-@pytest.mark.slow
-def test_data_sets_reach_a_server_that_was_away_once_each(
-    output: Path, port: int, start_server: Callable[[], Callable[[], None]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
-    parts = {"name": "log", "source_type": "local", "source": '{"uri": "/log"}', "schema": "", "profile": '{"num_rows": 3}'}
-    inputs = [parts | {"context": name, "digest": f"digest of {name}"} for name in ("train", "validation", "test")]
-    away = make_tracker(output)  # no server yet
-    away.start({}, {})
-    away.log_inputs(inputs)
-    away.finish("KILLED")
-    kept = (output / "tracking.json").read_text()
-    assert len(json.loads(kept)["inputs"]) == 3
-    start_server()
-    send_pending(output)
-    assert json.loads((output / "tracking.json").read_text())["inputs"] == []
-    (output / "tracking.json").write_text(kept)  # as after a kill between the answer of the server and the note of it
-    send_pending(output)
-    resumed = make_tracker(output)
-    resumed.start({}, {})
-    resumed.log_inputs([*inputs[:2], parts | {"context": "test", "digest": "of other rows"}])
-    resumed.finish("FINISHED")
-
-    run = the_run(MlflowClient(tracking_uri=f"http://127.0.0.1:{port}"))
-    assert run.inputs is not None
-    found = sorted((one.tags[0].key, one.tags[0].value, one.dataset.digest) for one in run.inputs.dataset_inputs)
-    assert found == sorted(
-        ("mlflow.data.context", name, digest)
-        for name, digest in (
-            *((name, f"digest of {name}") for name in ("train", "validation", "test")),
-            ("test", "of other rows"),
-        )
-    )
-    first = run.inputs.dataset_inputs[0].dataset
-    assert (first.name, first.source_type, first.source, first.profile) == ("log", "local", '{"uri": "/log"}', '{"num_rows": 3}')

@@ -50,6 +50,10 @@ wait "$server" || true
 say "what was served is what the champion says"
 mlenv replay "models:/$name@champion" --logged "$work/served"
 
+say "the champion is looked after, on rows of the day after"
+mlenv monitor "models:/$name@champion" --path "$data" --start 2022-05-08 --now 2022-05-09 --reference "$work/reference.json" \
+  --out "$work/monitor" --experiment "$name in use"
+
 say "something is wrong with the traffic: back to the model before"
 mlenv rollback "$name" --reason "clicks fell after the change"
 mlenv models "$name"

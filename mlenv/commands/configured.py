@@ -32,8 +32,7 @@ def in_processes(run: Callable[[ExperimentConfig, argparse.Namespace], int], con
         return run(config, options)
     from mlenv.config import Command
 
-    out = ["--out", str(options.out)] if "out" in options else []
-    arguments = (options.verb, str(options.config), *out, *options.overrides)
+    arguments = (options.verb, str(options.config), *options.overrides)
     return config.launch.run(config, Command(arguments, lambda config: run(config, options)))
 
 

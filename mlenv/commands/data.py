@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlenv.commands.configured import with_config
+from mlenv.commands.figures import verdict_text
 from mlenv.errors import DONE, GATE, MlenvError
 
 if TYPE_CHECKING:
@@ -72,11 +73,7 @@ def _validate(config: ExperimentConfig, options: argparse.Namespace) -> int:
     from mlenv.validation_run import validate
 
     verdict = validate(config, window=options.window, baseline=options.baseline, backfilled=options.backfilled, out=options.out)
-    for finding in verdict.raised:
-        limit = "" if finding.limit is None else f" (limit {finding.limit:.4g})"
-        print(f"{finding.severity.upper()}  {finding.check.ljust(21)}  {finding.subject}  {finding.value:.4g}{limit}")
-        print(f"      {finding.detail} To do: {finding.fix}.")
-    print(f"{verdict.severity}: {len(verdict.raised)} of {len(verdict.findings)} figures beyond their limits")
+    print(verdict_text(verdict))
     if options.out is not None:
         print(f"page     {options.out / 'validation.html'}")
     return GATE if verdict.severity == "fail" else DONE

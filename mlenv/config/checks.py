@@ -24,7 +24,9 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True)
 class ChecksConfig:
-    """What the data are held to, by ``mlenv validate`` and before a training. For a core feature a warning is a failure.
+    """What the data are held to, by ``mlenv validate`` and before a training; by ``mlenv monitor`` with what a model makes of them.
+
+    For a core feature a warning is a failure.
 
     A difference counts only when it is larger than its limit and than what chance brings in so few rows.
     """
@@ -69,6 +71,16 @@ class ChecksConfig:
     """Share of the rows that repeat another one in all but the row key; judged where the rows have an event time."""
     leakage_auc: Limits = Limits(warn=0.9, fail=0.95)
     """AUC of one feature alone for a task."""
+    score_psi: Limits = Limits(warn=0.1, fail=0.25)
+    """``mlenv monitor``: population stability index of the predictions of a task, over tenths of the reference."""
+    score_distance: Limits = Limits(warn=0.1, fail=0.25)
+    """The same as the largest distance between the two cumulative distributions of the predictions (Kolmogorov and Smirnov)."""
+    score_calibration: Limits = Limits(warn=0.1, fail=0.25)
+    """``mlenv monitor``: how far the sum of the predictions over the sum of the labels is from 1, where rows have labels."""
+    data_age_hours: Limits = Limits(warn=36, fail=72)
+    """``mlenv monitor``: hours since the newest event; without an event time, since the end of the newest day in UTC."""
+    model_age_days: Limits = Limits(warn=14, fail=30)
+    """``mlenv monitor``: days since the end of the last day that the model was trained on."""
     backfill_label_auc: Limits = Limits(warn=0.02, fail=0.05)
     """With ``--backfilled``: AUC of one feature alone for a task on back-filled days minus the same on days that were logged."""
     backfills: dict[str, str] = field(default_factory=dict)

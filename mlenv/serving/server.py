@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlenv.errors import MlenvError, check_at_least
 from mlenv.serving.columns import RowsError, describe, from_rows, row_keys
+from mlenv.serving.metrics import ServerMetrics
 from mlenv.serving.predictor import Predictor
 from mlenv.serving.served_log import ServedLog
 
@@ -50,7 +52,8 @@ class _RefusedError(Exception):
 def make_app(predictor: Predictor, options: ServerOptions, log: ServedLog | None = None) -> FastAPI:
     """The server's answers; the log is closed with it."""
     from fastapi import FastAPI, Request
-    from fastapi.responses import JSONResponse
+    from fastapi.responses import JSONResponse, Response
+    from prometheus_client import CONTENT_TYPE_LATEST
     from starlette.concurrency import run_in_threadpool
 
     @asynccontextmanager
@@ -60,12 +63,13 @@ def make_app(predictor: Predictor, options: ServerOptions, log: ServedLog | None
             log.close()
 
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=whole_life)
-    package, under_way = predictor.package, 0
+    package, under_way, metrics = predictor.package, 0, ServerMetrics(predictor.tasks)
 
     def answer(body: bytes, request_id: str) -> dict[str, Any]:
         plain = _rows_of(body, options.max_rows)
         rows, keys = from_rows(plain, package.columns), row_keys(plain, package.row_key)
         predictions = predictor.predict(rows)
+        metrics.scored(predictions)
         if log is not None:
             log.add(request_id, keys, rows, predictions)
         return {"request_id": request_id, "predictions": [dict(zip(predictor.tasks, row, strict=True)) for row in predictions.tolist()]}
@@ -83,7 +87,20 @@ def make_app(predictor: Predictor, options: ServerOptions, log: ServedLog | None
             "max_bytes": options.max_bytes,
         }
 
+    @app.get("/metrics")
+    def figures() -> Response:
+        return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
     async def predict(request: Request) -> JSONResponse:
+        began, status = time.perf_counter(), 500  # unless there is an answer
+        try:
+            answered = await respond(request)
+            status = answered.status_code
+        finally:
+            metrics.answered(status, time.perf_counter() - began)
+        return answered
+
+    async def respond(request: Request) -> JSONResponse:
         nonlocal under_way
         request_id = request.headers.get("x-request-id", "")[:128] or uuid.uuid4().hex
         if under_way >= options.max_concurrent:

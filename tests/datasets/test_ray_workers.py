@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from mlenv.batch import START
+from mlenv.batch_inference import InferenceOptions, prepare, run
 from mlenv.composition import compose
 from mlenv.config import DataConfig, WindowConfig, check
 from mlenv.datasets.parquet_source import ParquetSource
@@ -30,6 +31,7 @@ from mlenv.datasets.transforms.label_events import LabelEventsConfig
 from mlenv.datasets.transforms.sampling import SampleNegativesConfig
 from mlenv.datasets.transforms.stratify import StratifyConfig
 from mlenv.errors import ConfigError, DataError, MlenvError, Problems, TrainingError
+from mlenv.part_scoring import PartScorer, Reading
 from mlenv.schema import Categorical, DenseVector, Label, MultiCategorical, Numeric, Schema, Table
 from mlenv.training import train
 
@@ -92,7 +94,13 @@ def cluster(tmp_path_factory) -> Iterator[Any]:
 
     before = Path.cwd()
     os.chdir(tmp_path_factory.mktemp("elsewhere"))
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "object_store_memory": 100 << 20, "include_dashboard": False})
+    soon = {
+        "health_check_initial_delay_ms": 0,
+        "health_check_period_ms": 500,
+        "health_check_failure_threshold": 3,
+    }  # till a lost node is missed
+    options = {"num_cpus": 2, "object_store_memory": 100 << 20, "include_dashboard": False, "_system_config": soon}
+    cluster = Cluster(initialize_head=True, head_node_args=options)
     os.chdir(before)
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the transforms below; a user's own are installed
     yield cluster
@@ -311,12 +319,12 @@ def test_no_more_windows_are_read_than_wait(folder, address, tmp_path):
     batches, in_use = reader.batches(), []
     for taken in range(1, 6):
         next(batches)
-        time.sleep(1)  # a slow training
+        time.sleep(0.5)  # a slow training
         assert len(list(tmp_path.iterdir())) <= taken + NUM_WORKERS
         in_use.append(used())
     assert 0 < max(in_use) < 10 * window_bytes
     batches.close()
-    time.sleep(1)
+    time.sleep(0.5)
     assert len(list(tmp_path.iterdir())) <= 5 + NUM_WORKERS
 
 
@@ -349,6 +357,33 @@ def test_a_training_has_the_same_metrics(demo_arguments, address):
         file, *overrides = demo_arguments(*settings, output=kind)
         results[kind] = train(compose(file, overrides)).evaluation.metrics
     np.testing.assert_equal(results["threads"], results["ray"])  # exactly; nan is nan
+
+
+def test_a_killed_actor_costs_parts_and_no_row(folder, address, tmp_path, monkeypatch, caplog):
+    """Rows scored by two actors, one of which dies at a row, against those of threads; see tests/test_batch_inference.py."""
+    monkeypatch.chdir(tmp_path)
+    tables = "{item: {num_embeddings: 1000, embedding_dim: 2}}"
+    schema = f"{{row_key: [key], labels: {{click: {{}}}}, features: {{item: {{kind: categorical}}}}, tables: {tables}}}"
+    data = f"{{path: '{folder}', train: {{end: 2026-01-01}}}}"
+    (tmp_path / "tiny.yaml").write_text(f"{{name: tiny, output: tiny, model: {{kind: ranker}}, schema: {schema}, data: {data}}}")
+    train(compose(tmp_path / "tiny.yaml", ["loop.max_steps=2", "tracking.enabled=false"]))
+    inference = prepare(["tiny"], InferenceOptions(path=str(folder), part_rows=1000))
+    run(inference, tmp_path / "threads")
+    marks = tmp_path / "marks"
+    marks.mkdir()
+    scorers = inference.scorer.scorers
+    watched = DataConfig(path=str(folder), train=WindowConfig(), transforms=(Watched(folder=str(marks), deadly=7777),))
+    reading = Reading(ParquetSource(watched, WindowConfig(), scorers["tiny"].schema, extras=("metadata",)), ("tiny",))
+    scorer = PartScorer(scorers, [reading], has_labels=True)
+    options = replace(inference.options, ray=address, workers=NUM_WORKERS)
+    predicted = run(replace(inference, scorer=scorer, options=options), tmp_path / "actors")
+    assert (predicted.num_rows, predicted.num_parts, predicted.num_repeated) == (DAYS * ROWS, 15, 0)
+    assert len(list(marks.glob("7500 *"))) == 2
+    assert "was scored by an actor that had died and was started again" in caplog.text
+    threads, actors = (
+        {path.name: path.read_bytes() for path in (tmp_path / way).rglob("*") if path.is_file()} for way in ("threads", "actors")
+    )
+    assert actors == threads
 
 
 def test_a_cluster_that_was_started_ends_and_one_that_was_joined_stays(folder, address):

@@ -6,27 +6,25 @@ import contextlib
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 import torch
-from processes import run_ranks
+from processes import Command, run_ranks
 from rank_jobs import evaluate_each, run_example, skip_and_stop, train_each, train_on_few_rows
 from safetensors.torch import load_file
 
 from mlenv.batch import SparseFeatures, example_batch
 from mlenv.composition import compose
+from mlenv.errors import DONE, WRONG_INPUT
 from mlenv.loops.checkpoint import list_checkpoints, load_tensors, stored_shapes
 from mlenv.loops.journal import Journal
 from mlenv.loops.ranks import Shares
 from mlenv.loops.training_run import PROGRESS
 from mlenv.warm_start import WARM_START
 
-ROOT = Path(__file__).resolve().parents[2]
+CONFIG = Path(__file__).resolve().parents[2] / "examples/demo/ranker.yaml"
 GROUP = 64
 TORCH, TORCHREC, FSDP = "embeddings.engine=torch", "embeddings.engine=torchrec", "loop.strategy=fsdp"
 CLIP, AVERAGE = "optimizer.gradient_clip_norm=0.5", "loop.ema_decay=0.9"
@@ -54,23 +52,6 @@ def log(ads, tmp_path_factory) -> Path:
         rows = 19 * GROUP + 11 if "2026-01-02" in str(file) else 20 * GROUP  # the last step of a training is a smaller one
         pq.write_table(pq.read_table(file, partitioning=None).slice(0, rows), target, row_group_size=GROUP)
     return folder
-
-
-@pytest.fixture
-def command(log, tmp_path):
-    def command(verb: str, output: str, num_processes: int, *settings: str) -> list[str]:
-        common = [f"data.path={log}", "data.train.end=2026-01-02", "data.test.start=2026-01-03", "data.shuffle_rows=0"]
-        common += [f"data.batch_size={2 * GROUP // num_processes}", f"output={tmp_path / output}", "tracking.enabled=false"]
-        common += ["loop.log_every_steps=1", "loop.checkpoint_every_steps=5", f"launch.num_processes={num_processes}"]
-        return [sys.executable, "-m", "mlenv", verb, str(ROOT / "examples/demo/ranker.yaml"), *common, *settings]
-
-    return command
-
-
-def run(command: list[str], code: int = 0) -> str:
-    process = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
-    assert process.returncode == code, process.stderr
-    return process.stdout + process.stderr
 
 
 def losses(output: Path) -> torch.Tensor:
@@ -233,25 +214,25 @@ def test_fabric_alone_trains_saves_and_loads_with_the_strategy(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_process_that_is_killed_costs_no_bit_and_no_row(command, tmp_path, log):
-    settings = ["embeddings.engine=torch", "data.num_epochs=3", "model.deep.dropout=0.1"]
-    run(command("train", "undisturbed", 2, *settings))
+def test_a_process_that_is_killed_costs_no_bit_and_no_row(tmp_path, log):
+    def settings(name: str) -> list[str]:
+        own = [TORCH, "data.num_epochs=3", "model.deep.dropout=0.1", "loop.checkpoint_every_steps=5", "launch.num_processes=2"]
+        return settings_of(log, tmp_path / name, 2, *own)
+
+    assert run_ranks(2, train_each, {"undisturbed": settings("undisturbed")})[0] == {"undisturbed": ""}
     rows = sum(pq.read_metadata(file).num_rows for day in ("01", "02") for file in (log / f"date=2026-01-{day}").iterdir())
     for launcher, notice in (
         ("torchrun", "ended with exit code -9; all start again"),
         ("ray", "ended: A worker health check failed"),
     ):
-        process = subprocess.Popen(command("train", launcher, 2, *settings, f"launch={launcher}"), stderr=subprocess.PIPE, text=True)
+        command = Command(["train", str(CONFIG), *settings(launcher), f"launch={launcher}"], tmp_path / f"{launcher}.txt")
         try:
-            while not list_checkpoints(tmp_path / launcher / "checkpoints"):
-                assert process.poll() is None
-                time.sleep(0.02)
-            os.kill(trainers(process.pid, launcher)[-1], signal.SIGKILL)
-            said = process.communicate(timeout=300)[1]
+            command.wait_until(lambda launcher=launcher: bool(list_checkpoints(tmp_path / launcher / "checkpoints")))
+            os.kill(trainers(command.pid, launcher)[-1], signal.SIGKILL)
+            assert command.wait() == DONE, command.said
         finally:
-            process.kill()
-        assert process.returncode == 0, said
-        assert notice in said
+            command.end()
+        assert notice in command.said
         before, after = (list_checkpoints(tmp_path / name / "checkpoints")[-1] for name in ("undisturbed", launcher))
         for file in before.glob("*.safetensors"):
             expected, found = load_file(file), load_file(after / file.name)
@@ -275,9 +256,11 @@ def trainers(launcher_pid: int, launcher: str) -> list[int]:
 
 
 @pytest.mark.slow
-def test_what_is_wrong_is_said_once_before_anything_starts(command):
-    said = run(command("train", "wrong", 2, "data.train.end=2025-01-01"), code=2)
-    assert said.count("expected Parquet files in") == 1
+def test_what_is_wrong_is_said_once_before_anything_starts(tmp_path, log):
+    wrong = settings_of(log, tmp_path / "wrong", 2, "launch.num_processes=2", "data.train.end=2025-01-01")
+    command = Command(["train", str(CONFIG), *wrong], tmp_path / "said")
+    assert command.wait() == WRONG_INPUT
+    assert command.said.count("expected Parquet files in") == 1
 
 
 def test_shares_end_when_the_last_rank_has_no_more():

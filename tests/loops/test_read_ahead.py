@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import socket
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from processes import run_ranks
+from rank_jobs import train_in_ways
 
 from mlenv import Experiment, compose, fit
 from mlenv.errors import ConfigError, Problems
@@ -68,33 +64,11 @@ def two_ranks(ads: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[
     target = folder / "ads" / file.parent.name / file.name
     target.parent.mkdir(parents=True)
     pq.write_table(pq.read_table(file, partitioning=None).slice(0, 7 * GROUP + 11), target, row_group_size=GROUP)
-    ways = {"eager": [], "ahead": ["loop.read_ahead=true"], "fp16": ["embeddings.communication_precision=fp16"]}
-    (folder / "ways.json").write_text(json.dumps(ways))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
     settings = [f"data.path={folder / 'ads'}", "data.train.end=2026-01-01", "data.test=null", "data.batch_size=32", "data.shuffle_rows=0"]
     settings += ["embeddings={engine: torchrec, tables: {item: {sharding: row_wise}, user: {sharding: table_wise}}}"]
     settings += ["loop.log_every_steps=1", "tracking.enabled=false"]
-    script, config = Path(__file__).with_name("two_ranks.py"), Path(__file__).parents[2] / "examples/demo/ranker.yaml"
-    processes = []
-    for rank in range(2):
-        command = [sys.executable, str(script), str(folder), str(rank), str(config), *settings]
-        with (folder / f"rank{rank}.err").open("w") as said:
-            environment = {**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            processes.append(subprocess.Popen(command, env=environment, stderr=said))
-    ends = time.monotonic() + 240
-    try:
-        while any(process.poll() is None for process in processes):
-            died = [rank for rank, process in enumerate(processes) if process.poll()]
-            assert not died, (folder / f"rank{died[0]}.err").read_text()[-3000:]
-            assert time.monotonic() < ends, "the processes wait for each other"
-            time.sleep(0.05)
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
+    ways = {"eager": [], "ahead": ["loop.read_ahead=true"], "fp16": ["embeddings.communication_precision=fp16"]}
+    return run_ranks(2, train_in_ways, folder, {way: [*settings, *own] for way, own in ways.items()})
 
 
 @pytest.mark.slow
