@@ -72,6 +72,20 @@ def test_the_hooks_and_the_config_name_what_is_there(tmp_path: Path, monkeypatch
         assert all(Path(file).exists() for file in image["files"])
 
 
+def test_the_makefile_calls_mlenv_as_it_is_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_model_repo(tmp_path / "their_ranker")
+    monkeypatch.chdir(tmp_path / "their_ranker")
+    monkeypatch.setenv("MLENV_IMAGE_REGISTRY", "registry.example/ranking")
+    Path("work/ads").mkdir(parents=True)
+    recipes = [shlex.split(line) for line in Path("Makefile").read_text().splitlines() if line.startswith("\t$(MLENV) image ")]
+    assert len(recipes) == 5
+    for _, group, verb, *arguments in recipes:
+        settings = [argument for argument in arguments if argument != "$(SETTINGS)"]
+        assert main([group, verb, "--dry-run", *settings]) == DONE, capsys.readouterr().err
+
+
 def test_every_template_is_used_once() -> None:
     assert sorted(path.name for path in TEMPLATES.iterdir()) == sorted(f"{name}.template" for name in FILES)
 
