@@ -11,12 +11,12 @@ FUXICTR := 0245987fdc1d43c36164ea496a02324885a8557a
 help:
 	@echo "make demo   simulate an ads log, train on it, end with metrics and a report (in work/)"
 	@echo "make test   run the tests, but for those below"
-	@echo "make long   run those that take minutes each: a training through twenty failures, a model's whole life"
+	@echo "make long   run those that take minutes each: a training through twenty failures, a model's whole life, an image"
 	@echo "make check  lint, then test"
 	@echo "make lint   format, style, types, spelling, file sizes"
 	@echo "make bench  measure every speed and accuracy claim"
 	@echo "make peers  install the libraries that 'make bench' compares crossings with (in .peers/)"
-	@echo "make lock   resolve requirements/cpu.txt again from pyproject.toml"
+	@echo "make lock   resolve requirements/cpu.txt and images/locks again from pyproject.toml"
 	@echo "make clean  remove .venv, .peers, builds and caches; work/ stays"
 
 demo: $(READY)
@@ -52,8 +52,9 @@ peers: $(READY)
 	-@git clone --quiet https://github.com/reczoo/FuxiCTR .peers/FuxiCTR && git -C .peers/FuxiCTR checkout --quiet $(FUXICTR)
 
 lock: .venv/bin/python
-	@echo "== resolving pyproject.toml into requirements/cpu.txt"
+	@echo "== resolving pyproject.toml into requirements/cpu.txt and images/locks"
 	@$(BIN)/python requirements/lock.py
+	@$(BIN)/python requirements/image_locks.py
 
 clean:
 	@echo "== removing .venv, .peers, builds and caches; work/ stays, it holds your runs"

@@ -15,7 +15,7 @@ from benchmarks.machine import describe_machine
 
 BENCHMARKS = (
     *("loader", "negative_sampling", "training_loop", "thread_budget", "scaling", "jagged_sequences", "crossings", "optimizers"),
-    *("kuairand", "calibration", "frappe", "distillation", "checkpoints", "compile", "batch_inference"),
+    *("kuairand", "calibration", "frappe", "distillation", "checkpoints", "compile", "batch_inference", "promotion_noise", "replay"),
 )
 RESULTS = Path(__file__).parent / "results"
 

@@ -35,6 +35,7 @@ CALIBRATORS: dict[str, CalibratorConfig] = {
     "platt": PlattConfig(),
     "histogram": HistogramConfig(),
     "isotonic": IsotonicConfig(),
+    "isotonic, max_slope null": IsotonicConfig(max_slope=None),
     "logistic, by placement and device": LogisticConfig(segments=SEGMENTS),
     "logistic, with slopes": LogisticConfig(segments=SEGMENTS, segment_scales=True),
 }

@@ -8,6 +8,7 @@ import math
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -21,7 +22,7 @@ from mlenv.datasets.parquet_source import ParquetSource, open_folder
 from mlenv.datasets.ray_cluster import check_address
 from mlenv.datasets.stored_files import describe_files
 from mlenv.datasets.workers import ThreadsConfig
-from mlenv.errors import ConfigError, DataError, check_at_least
+from mlenv.errors import ConfigError, DataError, Problems, check_at_least
 from mlenv.loops.metrics import BinaryMetrics
 from mlenv.loops.thread_budget import available_cores
 from mlenv.part_scoring import BATCH_ROWS, Part, PartScorer, Reading, Tally, divide
@@ -162,14 +163,14 @@ def run(inference: Inference, out: Path) -> Predicted:
         address = "" if options.ray == LOCAL else options.ray
         scored = in_actors(inference.scorer, missing, workers, address) if options.ray else in_threads(inference.scorer, missing, workers)
         total = _Total(inference)
-        for part in inference.parts:
-            if part.name in there:
-                total.add(inference.scorer.tally(folder.read(part.name)))
-            else:
-                done = next(scored)
-                folder.write(part.name, done.file)
-                total.add(done.tally)
-        scored.close()
+        with closing(scored):  # a part that cannot be written ends the threads too
+            for part in inference.parts:
+                if part.name in there:
+                    total.add(inference.scorer.tally(folder.read(part.name)))
+                else:
+                    done = next(scored)
+                    folder.write(part.name, done.file)
+                    total.add(done.tally)
         _check_unchanged(inference)
         folder.finish(total.record, total.metrics)
         return _read(folder, inference)
@@ -259,14 +260,22 @@ def _readings(scorers: Mapping[str, StoredScorer], rows: HeldOut, options: Infer
         first = scorers[group[0]]
         threads = ThreadsConfig(num_threads=options.workers or available_cores())
         data = replace(first.sections.data, path=rows.path, allow_missing_days=True, on_bad_file="fail", workers=threads)
-        source = ParquetSource(
-            data,
-            rows.window,
-            replace(first.schema, segments=segments),
-            extras=extras,
-            carried=options.keep if place == 0 else (),
-            has_labels=options.has_labels,
-        )
+        try:
+            source = ParquetSource(
+                data,
+                rows.window,
+                replace(first.schema, segments=segments),
+                extras=extras,
+                carried=options.keep if place == 0 else (),
+                has_labels=options.has_labels,
+            )
+        except Problems as error:
+            missing = [name for name in first.schema.label_columns if f"column {name!r}: expected a column of this name" in str(error)]
+            if options.has_labels and missing:
+                fix = "score rows without labels with --no-labels, in Python has_labels=False"
+                labels = DataError("labels", expected=f"columns {missing}", received="none", fix=fix)
+                raise Problems(f"data under {rows.path}", [*error.problems, labels]) from error
+            raise
         _ = source.findings  # what only the whole window shows, before threads ask for it
         yield Reading(source, tuple(group))
 

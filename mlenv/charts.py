@@ -190,7 +190,7 @@ def reliability_chart(title: str, curve: ReliabilityCurve, color: int, before: R
 
 
 def dot_chart(title: str, rows: Sequence[str], series: Sequence[Series], x_range: Range) -> Chart:
-    """Values by name: the points of a series are a value and the index of its row.
+    """Values by name: the points of a series are a value and the index of its row. A name may have several lines.
 
     A value beyond the range lies on its border. A level series stands upright at its first point.
     """
@@ -200,7 +200,10 @@ def dot_chart(title: str, rows: Sequence[str], series: Sequence[Series], x_range
     shapes = [frame.x_axis("")]
     for number, name in enumerate(rows):
         middle = frame.top + row_height * (number + 0.5)
-        shapes += [_line(frame.left, middle, frame.right, middle, "grid"), _text(frame.left - 10, middle + 4, name, "end")]
+        shapes.append(_line(frame.left, middle, frame.right, middle, "grid"))
+        lines = name.split("\n")
+        for step, line in enumerate(lines):
+            shapes.append(_text(frame.left - 10, middle + 4 + 13 * (step - (len(lines) - 1) / 2), line, "end"))
     for entry in series:
         if entry.style == "level":
             place = frame.x(entry.points[0][0])
@@ -209,7 +212,7 @@ def dot_chart(title: str, rows: Sequence[str], series: Sequence[Series], x_range
         for value, row in _finite(entry.points):
             place = frame.x(min(max(value, x_range[0]), x_range[1]))
             middle = frame.top + row_height * (row + 0.5) + 8 * (lane - (len(dotted) - 1) / 2)
-            shapes.append(_dot(place, middle, entry.css, f"{rows[int(row)]}, {entry.name}: {value:.4f}"))
+            shapes.append(_dot(place, middle, entry.css, f"{rows[int(row)].replace(chr(10), ' ')}, {entry.name}: {value:.4f}"))
     return Chart(title, _svg(title, frame.bottom + 26, shapes), series)
 
 

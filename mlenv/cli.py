@@ -8,14 +8,19 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+from mlenv.commands.ci import add_ci_commands
 from mlenv.commands.data import add_data_commands
 from mlenv.commands.doctor import add_doctor_commands
 from mlenv.commands.features import add_feature_commands
+from mlenv.commands.images import add_image_commands
+from mlenv.commands.insight import add_insight_commands
 from mlenv.commands.jobs import add_job_commands
+from mlenv.commands.model_repo import add_model_repo_commands
 from mlenv.commands.monitoring import add_monitoring_commands
 from mlenv.commands.offline import add_offline_commands
 from mlenv.commands.prediction import add_prediction_commands
 from mlenv.commands.registry import add_registry_commands
+from mlenv.commands.replay import add_replay_commands
 from mlenv.commands.search import add_search_commands
 from mlenv.commands.serving import add_serving_commands
 from mlenv.commands.tracking import add_tracking_commands
@@ -26,6 +31,7 @@ from mlenv.errors import (
     STOPPED,
     WRONG_INPUT,
     GateError,
+    ImageError,
     MlenvError,
     StoppedError,
     TrainingError,
@@ -35,7 +41,13 @@ from mlenv.errors import (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0 done, 1 failed, 2 wrong usage, config or data, 3 a gate said no, 75 told to stop."""
     parser = _parser()
-    options, rest = parser.parse_known_args(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    end = words.index("--") if "--" in words else len(words)
+    options, rest = parser.parse_known_args(words[:end])
+    if "command" in options:
+        options.command = words[end + 1 :]  # what mlenv image run is to run; no options of ours
+    elif end < len(words):
+        rest += words[end:]
     if unknown := [word for word in rest if word.startswith("-") or "=" not in word]:
         parser.error(f"unknown arguments: {' '.join(unknown)}. Settings are given as key=value.")
     options.overrides = rest
@@ -47,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run: Callable[[argparse.Namespace], int] = options.run
     try:
         return run(options)
-    except TrainingError as error:
+    except (TrainingError, ImageError) as error:
         print(f"mlenv: {error}", file=sys.stderr)
         return FAILED
     except GateError as error:
@@ -87,11 +99,16 @@ def _parser() -> argparse.ArgumentParser:
         add_job_commands,
         add_feature_commands,
         add_registry_commands,
+        add_insight_commands,
         add_serving_commands,
+        add_replay_commands,
         add_monitoring_commands,
         add_offline_commands,
         add_tracking_commands,
         add_doctor_commands,
+        add_image_commands,
+        add_ci_commands,
+        add_model_repo_commands,
     ):
         add(verbs, verb)
     return parser

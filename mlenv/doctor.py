@@ -5,21 +5,18 @@ from __future__ import annotations
 import importlib
 import os
 import platform
-import re
-import shutil
 import tempfile
-import urllib.error
-import urllib.request
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
-from mlenv.errors import ConfigError, MlenvError, nearest
-
-Severity = Literal["pass", "warn", "fail"]
+from mlenv.condition import NOT_LOADED, Condition, Severity
+from mlenv.errors import ConfigError, nearest
+from mlenv.machine_conditions import accelerator_condition, cores_condition, disk_condition, shared_memory_condition
+from mlenv.server_conditions import mlflow_condition, ray_condition
 
 PACKAGES: Final = {
     "torch": ("torch",),
@@ -35,24 +32,6 @@ GPU: Final = "gpu"
 """What ``Questions.needed`` calls an accelerator."""
 
 TABLE: Final = Path(__file__).parent / "images" / "compatibility.yaml"
-
-_GIB: Final = 1 << 30
-_SHARED_MEMORY: Final = 1 * _GIB
-"""Below, Ray keeps its objects on the disk and NCCL may not start. A container gets 64 MiB unless it is told otherwise."""
-_DISK_FAIL, _DISK_WARN = 1 * _GIB, 10 * _GIB
-_TIMEOUT_SECONDS: Final = 10
-_NOT_LOADED: Final = (ImportError, OSError, AttributeError, RuntimeError)
-"""What the import of a package raises whose native library was built for another torch."""
-
-
-@dataclass(frozen=True)
-class Condition:
-    """One thing that was looked at."""
-
-    subject: str
-    severity: Severity
-    found: str
-    fix: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,11 +63,13 @@ def examine(questions: Questions) -> list[Condition]:
     """Looks at everything; the order is that of the page."""
     mlflow = questions.mlflow or os.environ.get("MLFLOW_TRACKING_URI", "")
     ray = questions.ray or os.environ.get("RAY_ADDRESS", "")
+    versions, rows = installed_versions(), compatible_versions() if _version("pyyaml") else []
+    least_driver = next((str(row.get("driver", "")) for row in rows if row["torch"] == versions.get("torch")), "")
     return [
         *package_conditions(questions.needed, questions.left_out),
-        *(compatibility_conditions(installed_versions(), compatible_versions()) if _version("pyyaml") else ()),
+        *(compatibility_conditions(versions, rows) if rows else ()),
         *import_conditions(),
-        accelerator_condition(is_needed=GPU in questions.needed),
+        accelerator_condition(is_needed=GPU in questions.needed, least_driver=least_driver),
         cores_condition(),
         shared_memory_condition(),
         disk_condition("disk", questions.folder),
@@ -96,11 +77,6 @@ def examine(questions: Questions) -> list[Condition]:
         mlflow_condition(mlflow),
         ray_condition(ray),
     ]
-
-
-def is_fine(conditions: Iterable[Condition]) -> bool:
-    """Whether nothing is wrong; a warning is not."""
-    return all(condition.severity != "fail" for condition in conditions)
 
 
 def installed_versions() -> dict[str, str]:
@@ -186,153 +162,9 @@ def import_conditions() -> Iterator[Condition]:
         try:
             with warnings.catch_warnings(action="ignore"):
                 importlib.import_module(name)
-        except _NOT_LOADED as error:
+        except NOT_LOADED as error:
             fix = "install the versions that go together, or the full lock with pip install --no-deps -r requirements/cpu.txt"
             yield Condition(f"import {name}", "fail", f"{type(error).__name__}: {' '.join(str(error).split())[:200]}", fix)
-
-
-def accelerator_condition(*, is_needed: bool = False) -> Condition:
-    """GPUs that torch computes on."""
-    driver = _driver()
-    try:
-        import torch
-    except _NOT_LOADED:
-        return judge_accelerator("", [], driver, is_needed=is_needed)
-    names = []
-    for place in range(torch.cuda.device_count()):
-        name, memory = torch.cuda.get_device_name(place), torch.cuda.get_device_properties(place).total_memory
-        try:
-            ones = torch.ones(64, 64, device=f"cuda:{place}")
-            assert float((ones @ ones).sum()) == 64**3
-        except RuntimeError as error:
-            fix = "install the build of torch for this GPU and this driver"
-            return Condition("accelerator", "fail", f"{name} does not compute: {str(error).partition(chr(10))[0]}", fix)
-        names.append(f"{name}, {memory / _GIB:.0f} GiB")
-    return judge_accelerator(torch.version.cuda or "", names, driver, is_needed=is_needed)
-
-
-def judge_accelerator(cuda: str, gpus: Sequence[str], driver: str, *, is_needed: bool) -> Condition:
-    """
-    Args:
-        cuda: version that torch was built with; empty for a build for CPUs.
-        gpus: those that compute.
-        driver: version of NVIDIA's, empty when there is none.
-    """
-    if gpus:
-        count = f"{len(gpus)} x " if len(gpus) > 1 else ""
-        return Condition("accelerator", "pass", f"{count}{gpus[0]}; CUDA {cuda}, driver {driver or 'unknown'}")
-    severity: Severity = "fail" if is_needed else "warn"
-    if driver and cuda:
-        found = f"none that torch can use, although there is a driver {driver}; torch is built for CUDA {cuda}"
-        return Condition("accelerator", severity, found, "take a newer driver, or start the container with its GPUs (--gpus all)")
-    if driver:
-        return Condition("accelerator", severity, f"none used: a driver {driver}, but torch is built for CPUs", "install torch for CUDA")
-    fix = "run where there is a GPU, or start the container with its GPUs (--gpus all)" if is_needed else ""
-    return Condition("accelerator", "fail" if is_needed else "pass", "none; trainings compute on the CPU", fix)
-
-
-def cores_condition() -> Condition:
-    """Cores that this process may use, and a number of threads that was set by hand."""
-    from mlenv.loops.thread_budget import available_cores
-
-    return judge_cores(available_cores(), os.environ.get("OMP_NUM_THREADS", ""))
-
-
-def judge_cores(cores: int, threads: str) -> Condition:
-    """
-    Args:
-        threads: value of OMP_NUM_THREADS; empty when it is not set.
-    """
-    found = f"{cores}, OMP_NUM_THREADS={threads}" if threads else str(cores)
-    if threads.isdecimal() and int(threads) > cores:
-        return Condition(
-            "cores", "warn", found, f"unset OMP_NUM_THREADS or set at most {cores}: threads that wait for a core hold up the step"
-        )
-    return Condition("cores", "pass", found)
-
-
-def shared_memory_condition(folder: Path = Path("/dev/shm")) -> Condition:
-    """Memory that processes of this machine share."""
-    fix = "start the container with --shm-size=2g, or mount a volume in memory at /dev/shm"
-    if not os.access(folder, os.W_OK):
-        return Condition("shared memory", "warn", f"{folder} cannot be written", fix)
-    usage = shutil.disk_usage(folder)
-    found = f"{_size(usage.free)} free of {_size(usage.total)}"
-    return Condition("shared memory", "warn", found, fix) if usage.free < _SHARED_MEMORY else Condition("shared memory", "pass", found)
-
-
-def disk_condition(subject: str, folder: Path, *, fail: int = _DISK_FAIL, warn: int = _DISK_WARN) -> Condition:
-    """Room in a folder, or where it would be made.
-
-    Args:
-        fail, warn: bytes free below which it is wrong, or to be looked at.
-    """
-    folder = folder.absolute()
-    there = next(place for place in (folder, *folder.parents) if place.exists())
-    if not os.access(there, os.W_OK):
-        return Condition(subject, "warn", f"{there} cannot be written by user {os.getuid()}", "write to a folder of a mounted volume")
-    usage = shutil.disk_usage(there)
-    found = f"{_size(usage.free)} free of {_size(usage.total)} in {there}"
-    severity: Severity = "fail" if usage.free < fail else "warn" if usage.free < warn else "pass"
-    return Condition(subject, severity, found, "" if severity == "pass" else f"make room: checkpoints need it in {there}")
-
-
-def mlflow_condition(uri: str) -> Condition:
-    """Whether MLflow answers; nobody is asked when no place is named."""
-    from mlenv.mlflow_outbox import without_password
-
-    if not uri:
-        return Condition("MLflow", "pass", "not named; trainings keep their runs in mlflow.db beside them")
-    from mlenv.mlflow_store import asking, open_store
-
-    try:
-        client = open_store(uri)
-        with asking(uri):
-            client.search_experiments(max_results=1)
-    except MlenvError as error:
-        return Condition("MLflow", "fail", str(error), "" if "Fix:" in str(error) else "start the server, or name another place")
-    except ImportError as error:
-        return Condition("MLflow", "fail", f"{without_password(uri)} cannot be asked: {error}", "install mlflow")
-    return Condition("MLflow", "pass", f"{without_password(uri)} answers")
-
-
-def ray_condition(address: str) -> Condition:
-    """Whether a Ray cluster answers, with the same version of Ray; nobody is asked when no address is named."""
-    if not address:
-        return Condition("Ray", "pass", "not named; launch=ray starts a cluster of its own")
-    if not address.startswith(("http://", "https://")):
-        return _joined(address)
-    fix = "start the cluster, or name the address of its dashboard, such as http://HEAD:8265"
-    try:
-        with urllib.request.urlopen(f"{address.rstrip('/')}/api/version", timeout=_TIMEOUT_SECONDS) as answer:
-            version = re.search(rb'"ray_version":\s*"([^"]+)"', answer.read(10_000))
-    except urllib.error.HTTPError as error:
-        if error.code in (401, 403):
-            return Condition("Ray", "pass", f"{address} answers, and asks for a token")
-        return Condition("Ray", "fail", f"{address}: {error}", fix)
-    except (OSError, ValueError) as error:
-        return Condition("Ray", "fail", f"{address}: {error}", fix)
-    if version is None:
-        return Condition("Ray", "fail", f"{address} answers, but is no dashboard of Ray", fix)
-    there, here = version[1].decode(), _version("ray")
-    if here and here != there:
-        return Condition("Ray", "fail", f"{address} runs Ray {there}, here is {here}", f"install ray {there}, or use one image for both")
-    return Condition("Ray", "pass", f"{address} answers, Ray {there}")
-
-
-def _joined(address: str) -> Condition:
-    from mlenv.datasets.ray_cluster import check_address, connect
-
-    try:
-        check_address(address)
-        ray = connect(address, "ray", num_cpus=0)
-    except MlenvError as error:
-        return Condition("Ray", "fail", str(error), "" if "Fix:" in str(error) else "name auto, host:port or http://HEAD:8265")
-    except _NOT_LOADED as error:
-        return Condition("Ray", "fail", f"{address} cannot be asked: {error}", "install mlenv[ray]")
-    cpus = ray.cluster_resources().get("CPU", 0)
-    ray.shutdown()
-    return Condition("Ray", "pass", f"{address} answers, {cpus:.0f} CPUs")
 
 
 def _python_condition() -> Condition:
@@ -375,17 +207,3 @@ def _version(*names: str) -> str:
 def _install(name: str, is_wanted: bool) -> str:
     extra = "torchrec" if name == "fbgemm" else name
     return "pip install mlenv anew, or the packages of its lock" if is_wanted else f"pip install 'mlenv[{extra}]'"
-
-
-def _driver() -> str:
-    """The version of NVIDIA's driver, if this machine or container sees it."""
-    try:
-        text = Path("/proc/driver/nvidia/version").read_text()
-    except OSError:
-        return "of unknown version" if Path("/dev/nvidia0").exists() else ""
-    version = re.search(r"Kernel Module\D*([\d.]+)", text)
-    return version[1] if version else "of unknown version"
-
-
-def _size(size: float) -> str:
-    return f"{size / _GIB:.1f} GiB" if size >= _GIB else f"{size / (1 << 20):.0f} MiB"

@@ -61,6 +61,10 @@ class TrainingError(MlenvError):
     """The training itself failed, such as by diverging. The command line ends with exit code 1."""
 
 
+class ImageError(PlacedError):
+    """An image could not be built, tested, moved or run. The command line ends with exit code 1."""
+
+
 class GateError(MlenvError):
     """What was judged is not good enough. The command line ends with exit code 3."""
 

@@ -23,6 +23,7 @@ FIXES: Final = {
     "gain": "keep the champion, or set gates.needs_gain to false where a model that is as good is wanted",
     "data": "mlenv validate says more about these rows; train on newer ones",
     "cost": "make the model smaller, or raise the limit in gates",
+    "export": "mlenv export says more; write the model so that it can be exported, or set gates.export to null",
     "missing features": "train with feature dropout, or raise the limit in gates",
 }
 """What to do about a gate that is not passed."""
@@ -106,12 +107,14 @@ class Figure:
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What a model takes to serve. The eager model is measured; whoever measures an exported one gives the same two numbers."""
+    """What a model takes to serve."""
 
     milliseconds: float
     """For 1,000 rows."""
     bytes: int
-    """Of parameters and buffers."""
+    """Of parameters and buffers, or of the exported graph with all that is in it."""
+    form: str = "as trained"
+    """What was measured, in words."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -305,9 +308,13 @@ def judge_cost(challenger: Cost, champion: Cost | None, config: GatesConfig) -> 
     """Time and size, each against the champion and against a limit."""
     other_time, other_size = (None, None) if champion is None else (champion.milliseconds, champion.bytes)
     yield from _judge_cost(
-        "milliseconds for 1,000 rows", challenger.milliseconds, other_time, config.latency_ratio, config.latency_milliseconds
+        f"milliseconds for 1,000 rows, {challenger.form}",
+        challenger.milliseconds,
+        other_time,
+        config.latency_ratio,
+        config.latency_milliseconds,
     )
-    yield from _judge_cost("bytes", challenger.bytes, other_size, config.size_ratio, config.size_bytes)
+    yield from _judge_cost(f"bytes, {challenger.form}", challenger.bytes, other_size, config.size_ratio, config.size_bytes)
 
 
 def _judge_cost(subject: str, value: float, champion: float | None, ratio: float | None, limit: float | None) -> Iterator[Judgement]:

@@ -171,6 +171,12 @@ exit $code
 """
 
 
+def _in_container(config: ExperimentConfig) -> list[str]:
+    """What a command of a Slurm job is given to, so that it runs in the image; the folder and the environment are those outside."""
+    job = config.job
+    return ["apptainer", "exec", *(["--nv"] if job.gpus_per_node else []), f"docker://{job.image}"] if job.image else []
+
+
 def _slurm(config: ExperimentConfig, arguments: Sequence[str]) -> str:
     """srun starts every process, as torchrun would, and keeps the exit code, which torchrun does not."""
     job, launch = config.job, config.launch
@@ -190,7 +196,7 @@ def _slurm(config: ExperimentConfig, arguments: Sequence[str]) -> str:
         options="\n".join([*lines, "#SBATCH --requeue"]),
         env="".join(f"export {name}={shlex.quote(value)}\n" for name, value in job.env.items()),
         max_restarts=launch.max_restarts,
-        command=shlex.join(["mlenv", *arguments]),
+        command=shlex.join([*_in_container(config), "mlenv", *arguments]),
         final=f"{DONE} | {WRONG_INPUT} | {GATE}",
         stopped=STOPPED,
     )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 import numpy as np
@@ -102,17 +103,23 @@ class _MissingMetrics:
 
 
 def measure_costs(scorers: Sequence[StoredScorer], scored: Sequence[Scored]) -> list[Cost]:
-    """Time of each model on rows of its own, in turns, so that a busy machine slows all of them; the fastest of several counts."""
-    seconds = [float("inf")] * len(scorers)
-    for _ in range(_REPEATS):
-        for place, (scorer, rows) in enumerate(zip(scorers, scored, strict=True)):
-            began = time.perf_counter()
-            scorer(rows.example)
-            seconds[place] = min(seconds[place], time.perf_counter() - began)
+    """Time of each model as it was trained, on rows of its own."""
+    seconds = fastest_in_turns([partial(scorer, rows.example) for scorer, rows in zip(scorers, scored, strict=True)])
     return [
         Cost(milliseconds=1e6 * best / len(rows.example), bytes=scorer.num_bytes)
         for best, scorer, rows in zip(seconds, scorers, scored, strict=True)
     ]
+
+
+def fastest_in_turns(calls: Sequence[Callable[[], object]]) -> list[float]:
+    """Seconds of each, in turns, so that a busy machine slows all of them; the fastest of several counts."""
+    seconds = [float("inf")] * len(calls)
+    for _ in range(_REPEATS):
+        for place, call in enumerate(calls):
+            began = time.perf_counter()
+            call()
+            seconds[place] = min(seconds[place], time.perf_counter() - began)
+    return seconds
 
 
 def check_row_key(schema: Schema, place: str) -> None:
@@ -133,7 +140,7 @@ def pair(challenger: Scored, champion: Scored | None, schema: Schema, champion_t
     """
     places = _joined([challenger] if champion is None else [challenger, champion], schema.row_key, least_common)
     metadata = challenger.metadata.take(pa.array(places[0]))
-    requests = _codes(metadata, schema.request)
+    requests = codes_of_requests(metadata, schema.request)
     tasks, segments = {}, {}
     for place, task in enumerate(schema.tasks):
         weights = challenger.weights[places[0], place]
@@ -149,7 +156,9 @@ def pair(challenger: Scored, champion: Scored | None, schema: Schema, champion_t
 
 
 def _joined(sides: Sequence[Scored], row_key: Sequence[str], least_common: float) -> list[Ints]:
-    """Places of the common rows on each side, in the order of the first."""
+    """Places of the common rows on each side, in the order of the first; all rows of one that is alone, whatever tells them apart."""
+    if len(sides) == 1 and not row_key:
+        return [np.arange(sides[0].metadata.num_rows)]
     frames = []
     for side, place in zip(sides, _PLACES, strict=False):
         frame = pl.DataFrame(pl.from_arrow(side.metadata.select(list(row_key)))).with_row_index(place)
@@ -170,7 +179,7 @@ def _joined(sides: Sequence[Scored], row_key: Sequence[str], least_common: float
     return [common[place].to_numpy().astype(np.int64) for place in _PLACES]
 
 
-def _codes(metadata: pa.Table, request: str) -> Ints:
+def codes_of_requests(metadata: pa.Table, request: str) -> Ints:
     """Number of the request of each row; a row without one is a request by itself."""
     if not request:
         return np.arange(metadata.num_rows)

@@ -21,7 +21,7 @@ from mlenv.datasets.parquet_source import LoggedRows, ParquetSource, RowGroup
 from mlenv.loops.metrics import BinaryMetrics
 from mlenv.stored_scorer import StoredScorer
 
-BATCH_ROWS: Final = 4096
+BATCH_ROWS: Final = 2048
 """Rows of a batch. Sums may be rounded otherwise in batches of another size, so that each part is cut the same way every time."""
 
 

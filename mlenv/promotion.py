@@ -16,6 +16,7 @@ from mlenv.composition import from_plain, load
 from mlenv.config import ExperimentConfig, GatesConfig
 from mlenv.datasets.statistics import STATISTICS_FILE, Statistics, read_statistics
 from mlenv.errors import ConfigError, DataError
+from mlenv.exported_costs import measure_exported
 from mlenv.findings import Verdict
 from mlenv.gates import (
     Figure,
@@ -190,19 +191,21 @@ def _judge(
         sources = [scorer.source(rows, first.schema) for scorer in scorers]  # both are found readable before the long work
         for source in sources:
             opened.callback(source.close)
+        exported = measure_exported(versions, scorers, registry.uri, rows, gates.export) if gates.export is not None else None
         for one, scorer, source in zip(versions, scorers, sources, strict=True):
             logger.info("scoring %s rows of %s with %s", f"{source.num_stored_rows:,}", rows.path, one)
             scored.append(score(scorer, source, gates))
     other = scored[1] if second is not None else None
     paired = pair(scored[0], other, first.schema, second.schema.tasks if second is not None else (), gates.common_rows)
     figures = measure(paired, gates)
-    costs = measure_costs(scorers, scored)
+    costs = (exported and exported.costs) or measure_costs(scorers, scored)
     losses = missing_losses(scored[0], other)
     judgements = [*judge_limits(scored[0].metrics, first.schema.tasks, gates), *judge_calibration(figures, gates)]
     if second is not None:
         judgements += [*judge_regression(figures, paired.lost_tasks, gates), *judge_gain(figures, gates)]
     if baseline is not None:
         judgements += judge_data(_data_verdict(first, rows, baseline, f"statistics of {challenger}"))
+    judgements += exported.judgements if exported is not None else []
     judgements += [*judge_cost(costs[0], costs[1] if second is not None else None, gates), *judge_missing(losses, gates)]
     order: list[Judgement] = sorted(judgements, key=lambda one: one.is_passed)
     tasks = paired.tasks.values()

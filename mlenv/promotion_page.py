@@ -72,7 +72,7 @@ def gain_charts(figures: Sequence[Figure], other: str) -> list[Chart]:
         ends = [(end, row) for row, figure in enumerate(shown) for end in (figure.gain_low, figure.gain_high) if end is not None]
         middles = [(figure.gain, row) for row, figure in enumerate(shown) if figure.gain is not None]
         reach = 1.1 * max([abs(value) for value, _ in ends], default=1.0) or 1.0
-        names = [f"{figure.task} {figure.segment}".strip() for figure in shown]
+        names = [_lines(figure) for figure in shown]
         series = [
             Series("interval", ends, NEUTRAL, "dots"),
             Series("gain", middles, 0, "dots"),
@@ -80,6 +80,12 @@ def gain_charts(figures: Sequence[Figure], other: str) -> list[Chart]:
         ]
         charts.append(dot_chart(f"{METRICS[metric]}: gain over the {other}", names, series, (-reach, reach)))
     return charts
+
+
+def _lines(figure: Figure) -> str:
+    """Task and segment as a chart has room for them: the value on a line of its own, for it is what tells rows apart."""
+    column, _, value = figure.segment.partition("=")
+    return f"{figure.task}, {column}\n{value}" if value else figure.task
 
 
 def figures_table(figures: Sequence[Figure], one: str, other: str) -> Table:

@@ -102,11 +102,15 @@ def _tags(output: Path, checkpoint: Path, fingerprint: str, registry: Registry) 
     tags |= {f"test/{key}": f"{value:.6g}" for key, value in figures.items() if value is not None and "@" not in key}
     if image := (config.get("job") or {}).get("image"):
         tags["image"] = str(image)
-    return tags | dict(_lineage(config, progress.get("fingerprints", {}), registry))
+    return tags | dict(lineage(config, progress.get("fingerprints", {}), registry))
 
 
-def _lineage(config: Mapping[str, Any], fingerprints: Mapping[str, str], registry: Registry) -> Iterator[tuple[str, str]]:
-    """The teacher, and what the training began with: as the config names them, and as versions where they are registered."""
+def lineage(config: Mapping[str, Any], fingerprints: Mapping[str, str], registry: Registry | None) -> Iterator[tuple[str, str]]:
+    """The teacher, and what the training began with: as the config names them, and as versions where they are registered.
+
+    Args:
+        fingerprints: of their checkpoints, by role, as the progress of the training has them.
+    """
     distillation = (config.get("objective") or {}).get("distillation") or {}
     named = {"teacher": distillation.get("teacher"), "warm start": (config.get("warm_start") or {}).get("checkpoint")}
     for role, checkpoint in named.items():
@@ -114,8 +118,8 @@ def _lineage(config: Mapping[str, Any], fingerprints: Mapping[str, str], registr
             continue
         yield role, str(checkpoint)
         mine = fingerprints.get(role, "")
-        found = [one for one in list_versions(registry.client) if mine and one.tags.get(CHECKPOINT_TAG) == mine]
-        if found:
+        versions = list_versions(registry.client) if registry is not None and mine else ()
+        if found := [one for one in versions if one.tags.get(CHECKPOINT_TAG) == mine]:
             yield f"{role} version", f"models:/{found[0].name}/{found[0].version}"
 
 

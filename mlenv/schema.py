@@ -328,9 +328,10 @@ class Schema:
 
     @property
     def label_columns(self) -> tuple[str, ...]:
-        """Columns that labels read, with their masks, weights, truths and teachers, each once."""
+        """Columns that labels read and no feature does, with their masks, weights, truths and teachers, each once."""
         parts = ((label.column or task, label.mask, label.weight, label.truth, label.teacher) for task, label in self.labels.items())
-        return tuple(dict.fromkeys(name for names in parts for name in names if name))
+        apart = {"", *self.feature_columns}
+        return tuple(dict.fromkeys(name for names in parts for name in names if name not in apart))
 
     @property
     def feature_columns(self) -> tuple[str, ...]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -36,7 +39,7 @@ def find_checkpoint(name: str, tracking_uri: str, key: str, into: Path | None = 
     Args:
         name: an output folder, a checkpoint, or a model that MLflow keeps.
         key: of the config, for the message.
-        into: a folder for what is downloaded; by default one that stays behind.
+        into: a folder for what is downloaded; by default one that goes when this process ends.
 
     Raises:
         ConfigError: there is none.
@@ -90,9 +93,12 @@ def build_stored_model(checkpoint: Path, sections: ModelSections, device: torch.
 def _download(uri: str, tracking_uri: str, key: str, into: Path | None) -> Path:
     import mlflow
 
+    if into is None:
+        into = Path(tempfile.mkdtemp(prefix="mlenv-model-"))
+        atexit.register(shutil.rmtree, into, ignore_errors=True)
     with _mlflow_at(absolute_uri(tracking_uri)):
         try:
-            return Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=None if into is None else str(into)))
+            return Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(into)))
         except (mlflow.exceptions.MlflowException, OSError) as error:
             raise ConfigError(key, expected="a model that MLflow keeps", received=uri, fix=str(error).partition("\n")[0]) from error
 

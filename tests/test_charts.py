@@ -114,6 +114,14 @@ def test_names_are_escaped_and_shortened() -> None:
     assert not re.search("<b ", chart.svg)
 
 
+def test_a_name_may_have_two_lines() -> None:
+    chart = dot_chart("auc", ["click, user_degree\nfull_active", "click"], [Series("gain", [(0.5, 0)], 0, "dots")], (0.0, 1.0))
+    places = {text.text: float(text.attrib["y"]) for text in shapes(chart, "text")}
+    assert places["full_active"] - places["click, user_degree"] == pytest.approx(13, abs=0.11)
+    assert (places["full_active"] + places["click, user_degree"]) / 2 == pytest.approx(places["click"] - 22, abs=0.11)
+    assert "<title>click, user_degree full_active, gain: 0.5000</title>" in chart.svg
+
+
 def test_names_stand_on_the_horizontal_axis_as_many_as_there_is_room_for() -> None:
     days = [f"2026-01-{number:02d}" for number in range(1, 13)]
     series = Series("coverage", [(float(place), 0.9) for place in range(12)], 0, "dots")

@@ -96,6 +96,13 @@ def test_a_tracked_training_is_in_mlflow(demo_arguments, tmp_path, monkeypatch, 
     figures = json.loads((tmp_path / "run of a test" / "metrics.json").read_text())
     assert run.data.metrics["test/click/auc"] == pytest.approx(figures["click/auc"])
     assert [metric.step for metric in client.get_metric_history(run.info.run_id, "train/click/loss")] == [5, 10]
+    assert main(["register", "run of a test", "--name", "ranker"]) == DONE
+    assert main(["predict", "models:/ranker@challenger", f"by-run=runs:/{run.info.run_id}/model", "--out", "scored"]) == DONE
+    scored, evaluated = pq.read_table("scored"), pq.read_table("run of a test/predictions")
+    assert scored["prediction_click@demo-ranker"].equals(evaluated["prediction_click"])
+    assert scored["prediction_click@by-run"].equals(evaluated["prediction_click"])
+    assert main(["predict", "models:/ranker@nobody", "--out", "refused"]) == WRONG_INPUT
+    assert "MODEL: expected a model that MLflow keeps. Received: 'models:/ranker@nobody'" in capsys.readouterr().err
     kept = {artifact.path for artifact in client.list_artifacts(run.info.run_id)}
     assert kept == {
         "config.yaml",

@@ -158,6 +158,7 @@ def test_commands_are_understood(document: Path, capsys: pytest.CaptureFixture[s
             continue
         for program, *arguments in map(shlex.split, text.splitlines()):
             if program == "mlenv":
-                assert main([*arguments, "--dry-run"]) == 0, capsys.readouterr().err
+                end = arguments.index("--") if "--" in arguments else len(arguments)
+                assert main([*arguments[:end], "--dry-run", *arguments[end:]]) == 0, capsys.readouterr().err
             elif program == "make":
                 assert set(arguments) <= set(targets)

@@ -13,21 +13,11 @@ from pathlib import Path
 import pytest
 
 from mlenv.cli import main
-from mlenv.doctor import (
-    Condition,
-    compatibility_conditions,
-    compatible_versions,
-    disk_condition,
-    installed_versions,
-    is_fine,
-    judge_accelerator,
-    judge_cores,
-    mlflow_condition,
-    package_condition,
-    ray_condition,
-    shared_memory_condition,
-)
+from mlenv.condition import Condition, is_fine
+from mlenv.doctor import compatibility_conditions, compatible_versions, installed_versions, package_condition
 from mlenv.errors import DONE, FAILED, WRONG_INPUT
+from mlenv.machine_conditions import disk_condition, judge_accelerator, judge_cores, shared_memory_condition
+from mlenv.server_conditions import mlflow_condition, ray_condition
 
 ROWS = [{"torch": "2.13.0", "torchrec": "1.8.0", "fbgemm": "1.8.0"}, {"torch": "2.12.0", "torchrec": "1.7.0", "fbgemm": "1.7.0"}]
 
@@ -89,6 +79,7 @@ def test_what_is_installed_here_goes_together():
 def test_an_accelerator_is_judged(cuda, gpus, driver, is_needed, severity, words):
     condition = judge_accelerator(cuda, gpus, driver, is_needed=is_needed)
     assert condition.severity == severity
+    assert "take driver 580 or newer" in judge_accelerator("13.0", [], "470.1", is_needed=is_needed, least_driver="580").fix
     assert words in f"{condition.found} {condition.fix}"
 
 

@@ -89,6 +89,20 @@ def test_a_pytorch_job_runs_torchrun_on_every_node(rendered):
     assert list(yaml.safe_load(rendered("pytorchjob", *KUBERNETES))["spec"]["pytorchReplicaSpecs"]) == ["Master"]
 
 
+@pytest.mark.parametrize(("kind", "launch"), [("rayjob", ["launch=ray"]), ("pytorchjob", [])])
+def test_every_pod_runs_the_image_of_a_digest(rendered, kind, launch):
+    image = f"registry.example:5000/ranker@sha256:{'0a' * 32}"
+    manifest = yaml.safe_load(rendered(kind, *KUBERNETES, *launch, f"job.image={image}", "job.nodes=2"))
+    check(manifest, kind)
+
+    def images(node):
+        if isinstance(node, dict):
+            return [*([node["image"]] if "image" in node else []), *(found for entry in node.values() for found in images(entry))]
+        return [found for entry in node for found in images(entry)] if isinstance(node, list) else []
+
+    assert images(manifest) == [image, image]
+
+
 @pytest.mark.parametrize(
     ("kind", "settings", "message"),
     [
@@ -104,6 +118,8 @@ def test_a_pytorch_job_runs_torchrun_on_every_node(rendered):
         ("slurm", ["job.claims={My_Data: /data}"], "job.claims.My_Data: expected a name of Kubernetes"),
         ("slurm", ["job.env={'a b': c}"], "job.env: expected names of environment variables. Received: 'a b'"),
         ("slurm", ["job.partition='a b'"], "job.partition: expected a name of Slurm"),
+        ("slurm", ["job.image=registry.example/ranker@sha256:abc"], "job.image: expected NAME:TAG or NAME@sha256:DIGEST"),
+        ("slurm", ["job.image=a b"], "job.image: expected NAME:TAG or NAME@sha256:DIGEST"),
         ("slurm", ["job.nodes=0"], "job.nodes: expected a number >= 1"),
     ],
 )
@@ -117,14 +133,16 @@ def test_what_a_scheduler_would_refuse_is_refused(rendered, kind, settings, mess
 def run_script(rendered, tmp_path):
     """The script as Slurm runs it, with programs in the place of Slurm's that write down what they are asked."""
 
-    def run(*exit_codes: int) -> tuple[int, list[str], str]:
-        script = rendered("slurm", "job={nodes: 2, cpus_per_node: 4, env: {A: 'x y'}}", "launch={num_processes: 2, max_restarts: 2}")
+    def run(*exit_codes: int, settings: tuple[str, ...] = ()) -> tuple[int, list[str], str]:
+        asked = ["job={nodes: 2, cpus_per_node: 4, env: {A: 'x y'}}", "launch={num_processes: 2, max_restarts: 2}"]
+        script = rendered("slurm", *asked, *settings)
         (tmp_path / "job.sh").write_text(script)
         (tmp_path / "codes").write_text("".join(f"{code}\n" for code in exit_codes))
         programs = {
             "srun": 'echo "srun $A $MASTER_ADDR $MASTER_PORT" >> called; SLURM_PROCID=3 SLURM_LOCALID=1 SLURM_NTASKS=4 "${@:3}"\n'
             "code=$(head -n 1 codes); sed -i 1d codes; exit $code",
             "scontrol": 'if [ "$1" = show ]; then echo node-a; echo node-b; else echo "scontrol $*" >> called; fi',
+            "apptainer": 'echo "apptainer $*" >> called; while [ "$1" != mlenv ]; do shift; done; exec "$@"',
             "mlenv": 'echo "$RANK $LOCAL_RANK $WORLD_SIZE mlenv $*" >> called',
         }
         for name, text in programs.items():
@@ -142,6 +160,15 @@ def test_each_process_of_a_batch_script_knows_its_place(run_script):
     code, called, said = run_script(DONE)
     assert (code, said) == (DONE, "")
     assert called == ["srun x y node-a 20007", "3 1 4 mlenv train config.yaml data.train={end: 2026-01-02}"]
+
+
+@pytest.mark.parametrize(("gpus", "options"), [(0, ""), (2, "--nv ")])
+def test_each_process_of_a_batch_script_runs_in_its_image(run_script, gpus, options):
+    image = f"registry.example/ranker@sha256:{'0a' * 32}"
+    code, called, said = run_script(DONE, settings=(f"job.image={image}", f"job.gpus_per_node={gpus}"))
+    assert (code, said) == (DONE, "")
+    assert called[1].startswith(f"apptainer exec {options}docker://{image} mlenv train config.yaml ")
+    assert called[2].startswith("3 1 4 mlenv train config.yaml ")
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 import requests
 
-from mlenv.doctor import Condition, ray_condition
+from mlenv.condition import Condition
 from mlenv.errors import DONE, FAILED, WRONG_INPUT
 from mlenv.loops.checkpoint import list_checkpoints
+from mlenv.server_conditions import ray_condition
 
 pytestmark = pytest.mark.slow
 

@@ -27,7 +27,7 @@ SERVICES = 4
 
 HEAVY = {"torch", "torchrec", "ray", "mlflow", "lightning", "matplotlib", "docker", "pandas", "sklearn"}
 
-SOURCES = sorted(path for folder in ("mlenv", "modules", "datasets", "loops") for path in (ROOT / folder).rglob("*.py"))
+SOURCES = sorted(path for folder in ("mlenv", "modules", "datasets", "loops", "images", "ci") for path in (ROOT / folder).rglob("*.py"))
 """Each source once: rglob does not enter the linked folders."""
 PARTS = {path.stem for path in (ROOT / "mlenv").iterdir() if path.suffix == ".py" or path.is_dir()}
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tarfile
 import tomllib
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
-LINKED = ("modules", "datasets", "loops", "images")
+LINKED = ("modules", "datasets", "loops", "images", "ci")
 
 
 @dataclass(frozen=True)
@@ -68,18 +70,75 @@ def test_wheel_from_the_sdist_is_the_same(built: Built, tmp_path: Path) -> None:
     assert files_of(next((tmp_path / "dist").glob("*.whl"))) == files_of(built.wheel)
 
 
+@pytest.fixture(scope="module")
+def installed(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Python of an environment with nothing but the wheel."""
+    environment = tmp_path_factory.mktemp("installed") / ".venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True)
+    python = environment / "bin" / "python"
+    pip = [sys.executable, "-m", "pip", "--python", str(python), "--disable-pip-version-check", "install", "--quiet"]
+    subprocess.run([*pip, "--no-index", "--no-deps", str(built.wheel)], check=True, capture_output=True)
+    return python
+
+
 @pytest.mark.slow
-def test_wheel_imports_in_an_empty_environment(built: Built, tmp_path: Path) -> None:
+def test_wheel_imports_in_an_empty_environment(built: Built, installed: Path, tmp_path: Path) -> None:
     """A clean machine with nothing but the wheel: mlenv itself must not need its dependencies to be imported."""
-    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "empty")], check=True)
-    python = tmp_path / "empty" / "bin" / "python"
-    install = ["-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-index", "--no-deps"]
-    subprocess.run([python, *install, built.wheel], check=True, capture_output=True)
     code = "import mlenv; print(mlenv.__version__, mlenv.__file__)"
-    printed = subprocess.run([python, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    printed = subprocess.run([installed, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
     version, place = printed.split(maxsplit=1)
     assert f"mlenv-{version}-" in built.wheel.name
-    assert Path(place.strip()).is_relative_to(tmp_path / "empty")
+    assert Path(place.strip()).is_relative_to(installed.parent.parent)
+
+
+@pytest.fixture
+def model_repo(installed: Path, tmp_path: Path) -> Iterator[Path]:
+    """A repo that ``mlenv init`` of the wheel made, in an environment that has the wheel's dependencies as well."""
+    (site,) = installed.parent.parent.glob("lib/python*/site-packages")
+    dependencies = site / "dependencies.pth"
+    dependencies.write_text("\n".join(path for path in sys.path if path.endswith("site-packages")))
+    repo = tmp_path / "first_ranker"
+    subprocess.run([installed, "-m", "mlenv", "init", str(repo)], check=True, capture_output=True)
+    (repo / ".venv").symlink_to(installed.parent.parent)
+    yield repo
+    dependencies.unlink()
+
+
+def run_stages(repo: Path, *names: str, with_setup: bool) -> dict[str, str]:
+    """Runs the shell steps of the pipeline as GitHub does, from the file that it reads; gives what each stage printed."""
+    jobs = yaml.safe_load((repo / ".github/workflows/ci.yml").read_text())["jobs"]
+    printed = {}
+    for name in names:
+        (script,) = (step["run"] for step in jobs[name]["steps"] if "run" in step)
+        if not with_setup:
+            script = script.removeprefix("make install\n")
+            assert "make install" not in script
+        process = subprocess.run(
+            ["bash", "-e", "-c", script], cwd=repo, env=os.environ | {"PIP_NO_INDEX": "1"}, capture_output=True, text=True, check=False
+        )
+        assert process.returncode == 0, process.stdout + process.stderr
+        printed[name] = process.stdout
+    return printed
+
+
+@pytest.mark.slow
+def test_a_model_repo_is_green_from_its_first_commit(model_repo: Path) -> None:
+    """What its pipeline runs for a change: ``make lint``, ``make test``, ``make demo`` with few steps."""
+    printed = run_stages(model_repo, "lint", "test", "smoke", with_setup=False)
+    assert "All checks passed!" in printed["lint"]
+    assert "2 passed" in printed["test"]
+    assert "trained 20 steps -> work/first_ranker" in printed["smoke"]
+    assert (model_repo / "work/first_ranker/report.html").is_file()
+
+
+@pytest.mark.long
+def test_a_model_repo_trains_and_promotes_at_night(model_repo: Path) -> None:
+    """The other stages that need no container engine, each after the installation."""
+    printed = run_stages(model_repo, "typecheck", "retrain", "promote", with_setup=True)
+    assert "no issues found" in printed["typecheck"]
+    assert "first_ranker version 1 (@challenger)" in printed["retrain"]
+    assert "champion first_ranker version 1" in printed["promote"]
+    assert (model_repo / "work/promotion/promotion.html").is_file()
 
 
 def test_lock_holds_what_pyproject_asks_for(locked: dict[str, str]) -> None:

@@ -9,21 +9,41 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
+from http.client import HTTPConnection
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
 from mlflow import MlflowClient
+from numpy.typing import NDArray
+from scipy.optimize import brentq
 
 from mlenv import compose, promotion, train
+from mlenv.bootstrap import Floats
 from mlenv.cli import main
+from mlenv.config import WindowConfig
 from mlenv.errors import DONE, GATE, WRONG_INPUT, ConfigError
+from mlenv.loops.calibration import CALIBRATORS_FILE, Calibrator, calibrators_to_json
+from mlenv.loops.checkpoint import add_document
+from mlenv.model_card import PAGE as CARD_PAGE
+from mlenv.modules import AffineCalibrator, SegmentCalibrator
 from mlenv.paired_scoring import check_row_key
 from mlenv.promotion import PAGE, VERDICT
 from mlenv.registry import CHALLENGER, CHAMPION, PREVIOUS, Registry
 from mlenv.schema import Schema
+from mlenv.serving.graph import ServedGraph
+from mlenv.serving.package import open_package
+from mlenv.serving.predictor import Predictor
+from mlenv.stored_model import find_checkpoint, fingerprint_of
+from mlenv.stored_scorer import HeldOut, open_scorer
+from mlenv.tracking import tracked_run
 from tests.test_tracking import is_healthy, wait_until
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:mlflow")
@@ -185,8 +205,178 @@ def test_the_whole_story(work: tuple[Path, Server], run: Run, monkeypatch: pytes
     assert code == WRONG_INPUT
     assert f"MLflow at {server.uri}" in said
     assert "Fix: start the server" in said
+    assert run("rollback", "ranker")[0] == WRONG_INPUT
+    assert run("export", "models:/ranker@champion", "--out", "package")[0] == WRONG_INPUT
     server.start()
     assert Registry(server.uri).model("ranker").aliases == {CHAMPION: "1"}
+
+
+class Injector:
+    """Puts a trained model into the registry with a calibrator in it that makes it worse in a way that is known, or puts it right."""
+
+    def __init__(self, folder: Path, server: Server, rows: Path) -> None:
+        self._folder, self._registry, self._rows = folder, Registry(server.uri), rows
+        self._registry.client.create_registered_model("injected")
+
+    def calibrated(self, output: str, calibration: float) -> str:
+        """The version whose predictions are so many times as large as the labels, in the order in which they were."""
+        logits, labels, _ = self._scored(output)
+        return self._version(output, Calibrator("platt", AffineCalibrator(1.0, offset_for(logits, labels, calibration)), {}))
+
+    def upside_down(self, output: str, device: str) -> str:
+        """The version that has the order of the rows of one device upside down, if weakly, and predicts as much as there is, on each."""
+        logits, labels, devices = self._scored(output)
+        there = devices == device
+        offset, turned = (offset_for(sign * logits[rows], labels[rows], 1.0) for sign, rows in ((1, ~there), (-0.2, there)))
+        calibrator = SegmentCalibrator(1.0, offset, scales=[[0.0, -1.2]], offsets=[[0.0, turned - offset]])
+        return self._version(output, Calibrator("logistic", calibrator, {"device": (device,)}))
+
+    def _scored(self, output: str) -> tuple[Floats, Floats, NDArray[np.str_]]:
+        scorer = open_scorer(str(self._folder / output))
+        with closing(scorer.source(HeldOut(path=str(self._rows), window=WindowConfig()))) as source:
+            parts = [(scorer(batch), batch.labels, batch.metadata.column("device").to_pylist()) for batch in source.batches()]
+        predictions, labels, devices = zip(*parts, strict=True)
+        logits = torch.cat(predictions)[:, 0].double().logit().numpy()
+        return logits, torch.cat(labels)[:, 0].double().numpy(), np.concatenate(devices)
+
+    def _version(self, output: str, calibrator: Calibrator) -> str:
+        client, run_id = self._registry.client, tracked_run(self._folder / output).run_id
+        with tempfile.TemporaryDirectory() as copy:
+            checkpoint = shutil.copytree(find_checkpoint(str(self._folder / output), "", "MODEL"), Path(copy, "checkpoint"))
+            add_document(checkpoint, CALIBRATORS_FILE, calibrators_to_json({"click": calibrator}))
+            place = f"model/{fingerprint_of(checkpoint)}"
+            client.log_artifacts(run_id, str(checkpoint), place)
+        source = f"{client.get_run(run_id).info.artifact_uri}/{place}"
+        return str(client.create_model_version("injected", source, run_id=run_id).version)
+
+    def make_champion(self, version: str) -> None:
+        self._registry.client.set_registered_model_alias("injected", CHAMPION, version)
+
+    @property
+    def aliases(self) -> Mapping[str, str]:
+        return self._registry.model("injected").aliases
+
+
+def offset_for(logits: Floats, labels: Floats, calibration: float) -> float:
+    return float(brentq(lambda offset: (1 / (1 + np.exp(-logits - offset))).sum() / labels.sum() - calibration, -9, 9))
+
+
+@pytest.mark.slow
+def test_injected_regressions_are_held(work: tuple[Path, Server], run: Run, ads: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, server = work
+    injector = Injector(folder, server, ads)
+    injector.make_champion(injector.calibrated("weak", 1.0))
+    gates = LENIENT | {"calibration": 0.05, "segment_calibration": 0.2, "resamples": 200, "missing_rows": 0}
+    (folder / "strict.yaml").write_text(yaml.safe_dump(gates))
+    (folder / "exported.yaml").write_text(yaml.safe_dump(gates | {"export": "program", "size_bytes": 1_000_000}))
+
+    def failures(version: str, gates: str = "strict.yaml") -> tuple[int, dict[tuple[str, str], str]]:
+        rows = ("--data", "config.yaml", "data.test.start=2026-01-01", "data.train={start: 2025-12-31, end: 2025-12-31}")
+        code, said = run("promote", "injected", "--version", version, "--gates", gates, "--out", "injected", *rows)
+        assert code in (DONE, GATE), said
+        judged = json.loads((folder / "injected" / VERDICT).read_text())["judgements"]
+        gains = [one["is_passed"] for one in judged if one["gate"] == "gain"]
+        assert gains == [True]  # over all rows the order is better than the champion's in every case
+        return code, {(one["gate"], one["subject"]): one["detail"] for one in judged if not one["is_passed"]}
+
+    code, held = failures(injector.calibrated("better", 1.2))
+    assert code == GATE
+    assert {("calibration", "click/calibration"), ("regression", "click/calibration")} <= set(held)
+    assert held["calibration", "click/calibration"].startswith("1.200, ")
+    assert not {subject for _, subject in held if "auc" in subject}
+
+    code, held = failures(injector.upside_down("better", "desktop"))
+    assert code == GATE
+    assert ("regression", "click/auc@device=desktop") in held
+    assert all(subject.endswith("@device=desktop") for _, subject in held), held
+    assert injector.aliases == {CHAMPION: "1"}
+
+    # A good one, whose package says something else.
+    monkeypatch.setattr("mlenv.serving.parity.REPEATS", 1)
+    good, forward = injector.calibrated("better", 1.0), ServedGraph.forward
+
+    def other(graph: ServedGraph, ids: Any, lengths: Any, weights: Any, dense: Any, codes: Any) -> Any:
+        return 0.999 * forward(graph, ids, lengths, weights, dense, codes)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ServedGraph, "forward", other)
+        code, held = failures(good, "exported.yaml")
+    assert (code, [*held]) == (GATE, [("export", f"injected version {good} to program")])
+    assert "a prediction differs by" in held["export", f"injected version {good} to program"]
+    assert injector.aliases == {CHAMPION: "1"}
+
+    code, held = failures(good, "exported.yaml")
+    assert (code, held) == (DONE, {})
+    assert injector.aliases == {CHAMPION: good, PREVIOUS: "1"}
+    judged = json.loads((folder / "injected" / VERDICT).read_text())["judgements"]
+    assert [one["subject"] for one in judged if one["gate"] == "cost"] == [
+        "milliseconds for 1,000 rows, exported to program",
+        "bytes, exported to program",
+    ]
+    assert [one["detail"].split(" on ")[1] for one in judged if one["gate"] == "export"] == ["6,000 rows, may be 1e-05"] * 2
+
+
+@pytest.mark.slow
+def test_mlflow_serves_a_package_of_the_run_and_answers_over_http(work: tuple[Path, Server], run: Run, ads: Path) -> None:
+    folder, server = work
+    code, said = run("export", "better", "--out", "package", "--format", "program", "--log-to-run")
+    assert code == DONE, said
+    address = f"runs:/{tracked_run(folder / 'better').run_id}/package"
+    assert f"MLflow   {address}" in said
+    code, said = run("export", "models:/nobody/1", "--out", "nothing")
+    assert (code, (folder / "nothing").exists()) == (WRONG_INPUT, False)
+    assert "MODEL: expected a model that MLflow keeps. Received: 'models:/nobody/1'" in said
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", address, "--env-manager", "local", "--port", str(port)]
+    (folder / "bin").mkdir()
+    (folder / "bin" / "uvicorn").write_text(f"#!/bin/sh\nexec '{sys.executable}' -m uvicorn \"$@\"\n")  # MLflow looks for it on the path
+    (folder / "bin" / "uvicorn").chmod(0o755)
+    environment = os.environ | {"MLFLOW_TRACKING_URI": server.uri, "PATH": f"{folder / 'bin'}:{os.environ['PATH']}"}
+    quiet = subprocess.DEVNULL
+    process = subprocess.Popen(command, cwd="/", env=environment, start_new_session=True, stdout=quiet, stderr=quiet)
+    try:
+        wait_until(lambda: is_healthy(port), timeout_seconds=90)
+        package = open_package(folder / "package")
+        rows = pq.read_table(ads / "date=2026-01-03", columns=package.columns.names, partitioning=None).slice(0, 50).to_pylist()
+        rows = [row for row in rows if None not in row.values()]
+        status, answer = invoke(port, rows)
+        assert status == 200
+        expected = Predictor(package).predict_rows(rows)[:, 0]
+        assert [one["click"] for one in answer["predictions"]] == pytest.approx(expected.tolist(), abs=1e-6)
+        status, answer = invoke(port, [{**rows[0], "price": "dear"}])
+        assert (status, "price" in answer["message"]) == (400, True)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def invoke(port: int, rows: list[dict[str, Any]]) -> tuple[int, dict[str, Any]]:
+    connection = HTTPConnection("127.0.0.1", port, timeout=60)
+    with closing(connection):
+        connection.request("POST", "/invocations", json.dumps({"dataframe_records": rows}), {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        return response.status, json.loads(response.read())
+
+
+def test_the_card_of_a_version_says_where_it_comes_from(work: tuple[Path, Server], run: Run) -> None:
+    folder, server = work
+    run("register", "weak", "--name", "ranker")
+    run("register", "better", "--name", "ranker")
+    version = Registry(server.uri).version("ranker", "2")
+    code, said = run("card", "models:/ranker/2", "--out", "card", "--rows", "100", "--repeats", "2", "--log-to-run")
+    assert code == DONE, said
+    assert f"MLflow   runs:/{version.run_id}/model card" in said
+    text = (folder / "card" / CARD_PAGE).read_text()
+    for part in ("ranker version 2", version.run_id, "models:/ranker/1", "ranker:1", version.tags["train window"]):
+        assert part in text, part
+    kept = {file.path for file in Registry(server.uri).client.list_artifacts(version.run_id, "model card")}
+    assert kept == {"model card/model_card.html", "model card/model_card.json"}
+    assert run("card", "better", "--out", "again", "--rows", "100", "--repeats", "2")[0] == DONE
+    assert "ranker version 2" in (folder / "again" / CARD_PAGE).read_text()
+    assert "expected a model that MLflow keeps" in run("card", "models:/ranker/9", "--out", "never")[1]
 
 
 def test_rows_that_cannot_be_joined_leave_the_champion(work: tuple[Path, Server], run: Run, ads: Path) -> None:

@@ -23,9 +23,9 @@ from mlflow.entities import Run
 
 from mlenv import tracking
 from mlenv.cli import main
-from mlenv.doctor import mlflow_condition
 from mlenv.errors import DONE, WRONG_INPUT, DataError, MlenvError
 from mlenv.loops.journal import JOURNAL_FILE, Journal
+from mlenv.server_conditions import mlflow_condition
 from mlenv.tracking import MlflowTracker, run_tags, send_pending
 
 # MLflow configures its SQLAlchemy models with an option that SQLAlchemy 2.1 deprecates.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from mlenv.errors import DONE, FAILED
 
 if TYPE_CHECKING:
-    from mlenv.doctor import Condition
+    from mlenv.condition import Condition
 
 
 def add_doctor_commands(verbs: argparse._SubParsersAction[argparse.ArgumentParser], verb: Callable[..., argparse.ArgumentParser]) -> None:
@@ -32,7 +32,8 @@ def add_doctor_commands(verbs: argparse._SubParsersAction[argparse.ArgumentParse
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from mlenv.doctor import Questions, examine, is_fine
+    from mlenv.condition import is_fine
+    from mlenv.doctor import Questions, examine
 
     questions = Questions(mlflow=options.mlflow, ray=options.ray, folder=options.folder, needed=options.need, left_out=options.without)
     if options.dry_run:
@@ -56,6 +57,6 @@ def page(conditions: Sequence[Condition]) -> str:
 
 
 def _json(conditions: Sequence[Condition]) -> str:
-    from mlenv.doctor import is_fine
+    from mlenv.condition import is_fine
 
     return json.dumps({"is_fine": is_fine(conditions), "conditions": [asdict(condition) for condition in conditions]}, indent=2)

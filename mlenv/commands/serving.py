@@ -47,6 +47,10 @@ def _export(options: argparse.Namespace) -> int:
     if options.dry_run:
         print(f"would export {check_export(options.model, wanted)} to {options.out}")
         return DONE
+    if options.log_to_run:
+        from mlenv.tracking import tracked_run
+
+        tracked_run(Path(options.model))  # that there is one, before the long work
     package, parity = export(options.model, wanted)
     print(parity)
     print(f"package  {package.folder} (mlenv serve {package.folder})")

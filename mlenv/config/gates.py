@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, Literal
 
 from mlenv.errors import ConfigError, Problems, check_above, check_at_least, nearest
 
@@ -76,6 +76,9 @@ class GatesConfig:
     """AUC by which it may be behind the champion when both lack the same."""
     missing_rows: int = 100_000
     """Rows that this is measured on; 0 for none, and it is not judged."""
+    export: Literal["onnx", "aoti", "program"] | None = None
+    """Format of a package that both models are exported to, as ``mlenv export`` does: the challenger's predictions have to be the same
+    there on all rows, and it is the packages whose time and size are judged. null judges the models as they were trained."""
     latency_ratio: float | None = 1.5
     """How much longer than the champion a model may take to score the same rows on the same machine; null for no limit."""
     latency_milliseconds: float | None = None
@@ -83,7 +86,7 @@ class GatesConfig:
     size_ratio: float | None = 2.0
     """How much larger than the champion a model may be; null for no limit."""
     size_bytes: int | None = None
-    """Most bytes that its parameters may take; null for no limit."""
+    """Most bytes that its parameters, or its package's graph, may take; null for no limit."""
 
     def __post_init__(self) -> None:
         for name in ("calibration", "segment_calibration", "missing_loss", "missing_behind_champion", "missing_rows"):

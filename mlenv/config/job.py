@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from typing import Final
 
 from mlenv.errors import ConfigError, check_at_least
+
+_IMAGE: Final = re.compile(r"[a-z0-9][a-zA-Z0-9._/:-]*(@sha256:[0-9a-f]{64})?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +30,8 @@ class JobConfig:
     env: dict[str, str] = field(default_factory=dict)
     """Environment variables of all processes. Whoever may see the job sees them: keep passwords in secrets of the cluster."""
     image: str = ""
-    """Container image with mlenv, and with the model repo in its working directory; Kubernetes needs one."""
+    """Container image with mlenv, NAME:TAG or NAME@sha256:DIGEST, which stays the same for ever. Kubernetes needs one, with the model repo
+    in its working directory; under Slurm Apptainer runs the processes in it, with the folder that sbatch is called in."""
     namespace: str = ""
     """Of Kubernetes; empty for the one that kubectl is set to."""
     service_account: str = ""
@@ -51,5 +55,8 @@ class JobConfig:
             text = name.partition(".")[2] or getattr(self, name)
             if text and not re.fullmatch(r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?", text):
                 raise ConfigError(name, expected="a name of Kubernetes: small letters, digits and dashes", received=text)
+        if self.image and not _IMAGE.fullmatch(self.image):
+            expected = "NAME:TAG or NAME@sha256:DIGEST, the digest of 64 small hexadecimal digits"
+            raise ConfigError("image", expected=expected, received=self.image, fix="mlenv image push prints it")
         if not re.fullmatch(r"[\w.,-]*", self.partition):
             raise ConfigError("partition", expected="a name of Slurm", received=self.partition)

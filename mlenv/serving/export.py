@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +32,16 @@ from mlenv.serving.inputs import PADDING_ROWS, input_names
 from mlenv.serving.mlflow_model import write_mlflow_model
 from mlenv.serving.onnx_graph import refused, without_chatter, write_onnx
 from mlenv.serving.package import FORMATS, GRAPHS, PACKAGE, PARITY, SCHEMA, Format, Package, open_package, write_manifest
-from mlenv.serving.parity import Parity, compare
+from mlenv.serving.parity import TOLERANCE, Parity, compare
+from mlenv.serving.row_transforms import ServedPlan, ServedTransforms, columns_before, keeping, plan_serving
 from mlenv.stored_model import find_checkpoint, fingerprint_of
+from mlenv.stored_scorer import HeldOut
 from mlenv.tracking import run_tags
 
-TOLERANCE = 1e-5
-"""How far a prediction of a package with float32 tables may be from the trainer's, rounding of the logits aside."""
+logger = logging.getLogger(__name__)
 
 _EXTRAS: tuple[Extra, ...] = ("metadata",)
+_MAY_JUMP = ("histogram", "isotonic")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,27 +79,34 @@ class Trained:
     calibrators: dict[str, Calibrator] = field(default_factory=dict)
 
 
-def export(name: str, options: ExportOptions) -> tuple[Package, Parity]:
+def export(name: str, options: ExportOptions, rows: HeldOut | None = None) -> tuple[Package, Parity]:
     """
     Args:
         name: an output folder, a checkpoint, or a model that MLflow keeps.
+        rows: to compare on; otherwise the test window of the model's config, or what there is.
 
     Raises:
         ConfigError: there is no such model, or it cannot be exported; the message names the operator.
         GateError: with float32 tables a prediction differs from the trainer's by more than ``TOLERANCE``. No package is written then.
     """
     trained = load_trained(name, options)
-    window = measured_window(trained.config)
-    source = ParquetSource(trained.config.data, window, trained.config.schema, extras=_EXTRAS)
+    data = trained.config.data
+    window = measured_window(trained.config) if rows is None else rows.window
+    written = written_predictions(trained) if rows is None else None
+    if rows is not None:
+        data = replace(data, path=rows.path, allow_missing_days=True)
+    plan = serving_plan(trained)
+    for name, place in plan.brought.items():
+        logger.warning("A request has to bring the column %s: what makes it, data.transforms[%d], is not served.", name, place)
+    source = ParquetSource(keeping(data, plan), window, trained.config.schema, extras=_EXTRAS)
     temporary = options.out.with_name(f".{options.out.name}.{os.getpid()}.part")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
-        package = _write(trained, source, options, temporary)
-        parity = compare(trained.model, trained.calibrators, package, source, str(window), written_predictions(trained))
-        if options.tables == "float32" and (worst := max(parity.beyond_rounding.values())) > TOLERANCE:
-            where = "; ".join(f"{form}: {difference:.2e}" for form, difference in parity.beyond_rounding.items())
-            raise GateError(f"the package is not the model: a prediction differs by {worst:.2e}, more than {TOLERANCE:g} ({where}).")
+        package = _write(trained, plan, source, options, temporary)
+        parity = compare(trained.model, trained.calibrators, package, source, str(window), written)
+        if options.tables == "float32" and not all(one <= TOLERANCE for one in parity.differences.values()):  # nan is not
+            raise GateError(_not_the_model(parity, trained.calibrators))
         (temporary / PARITY).write_text(parity.to_json(), encoding="utf-8")
         _complete(temporary, package)
         shutil.rmtree(options.out, ignore_errors=True)
@@ -107,6 +117,17 @@ def export(name: str, options: ExportOptions) -> tuple[Package, Parity]:
     return open_package(options.out), parity
 
 
+def _not_the_model(parity: Parity, calibrators: Mapping[str, Calibrator]) -> str:
+    worst = max(parity.differences.values())
+    where = "; ".join(f"{form}: {difference:.2e}, {parity.rows_apart[form]} rows" for form, difference in parity.differences.items())
+    text = f"the package is not the model: a prediction differs by {worst:.2e}, more than {TOLERANCE:g} ({where})."
+    jumping = [f"calibration.{task} ({one.kind})" for task, one in calibrators.items() if one.kind in _MAY_JUMP]
+    if jumping:
+        text += f" {' and '.join(jumping)} may jump: a logit that is rounded otherwise then moves a prediction far."
+        text += " Fix: train again with kind platt, or isotonic with a max_slope."
+    return text
+
+
 def check_export(name: str, options: ExportOptions) -> Path:
     """What a dry run looks at: the checkpoint, which is returned, its config, and the columns of the data.
 
@@ -114,6 +135,7 @@ def check_export(name: str, options: ExportOptions) -> Path:
         ConfigError, CheckpointError, Problems: see export.
     """
     trained = load_trained(name, options)
+    serving_plan(trained)
     ParquetSource(trained.config.data, measured_window(trained.config), trained.config.schema, extras=_EXTRAS).close()
     return trained.checkpoint
 
@@ -133,6 +155,16 @@ def load_trained(name: str, options: ExportOptions) -> Trained:
     place = f"{checkpoint}, {CALIBRATORS_FILE}"
     calibrators = {} if text is None else calibrators_from_json(text, config.calibration, place)
     return Trained(checkpoint, config, model.eval().requires_grad_(False), calibrators)
+
+
+def serving_plan(trained: Trained) -> ServedPlan:
+    """How the columns that the model reads come from a request.
+
+    Raises:
+        ConfigError: see ``plan_serving``.
+    """
+    wanted = dict.fromkeys([*trained.config.schema.feature_columns, *_segments_of(trained.calibrators)])
+    return plan_serving(trained.config.data.transforms, tuple(wanted))
 
 
 def measured_window(config: ExperimentConfig) -> WindowConfig:
@@ -192,12 +224,19 @@ def trace(graph: ServedGraph, schema: Schema, num_codes: int) -> torch.export.Ex
         raise refused(error, "a graph") from error
 
 
-def _write(trained: Trained, source: ParquetSource, options: ExportOptions, folder: Path) -> Package:
-    config = trained.config
+def _write(trained: Trained, plan: ServedPlan, source: ParquetSource, options: ExportOptions, folder: Path) -> Package:
+    config, steps = trained.config, tuple(plan.steps.values())
     segments = {task: dict(calibrator.segments) for task, calibrator in trained.calibrators.items() if calibrator.segments}
-    stored = stored_columns(source, [*_columns_of(segments), *config.schema.row_key])
-    columns = served_columns(config.schema, _columns_of(segments), stored)
-    row_key = pa.schema([(name, plain_type(stored.field(name).type)) for name in config.schema.row_key if name not in columns.names])
+    held = columns_before(steps, plan.inputs)
+    after = stored_columns(source, [*_segments_of(trained.calibrators), *config.schema.row_key])
+    stored = stored_columns(source, list(held.values()))
+    known = served_columns(config.schema, _segments_of(trained.calibrators), after)
+    types = {name: stored.field(column).type for name, column in held.items()}
+    # A column that the features read as it comes has the type that they want; another one that of the log.
+    is_plain = {name: held[name] == name and name in known.names for name in held}
+    columns = pa.schema([(name, known.field(name).type if is_plain[name] else plain_type(types[name])) for name in held])
+    row_key = pa.schema([(name, plain_type(after.field(name).type)) for name in config.schema.row_key if name not in columns.names])
+    transforms = ServedTransforms(steps, pa.schema([(name, _without_dictionary(types[name])) for name in plan.read]))
     graph = served_graph(trained, options.tables)
     program = trace(graph, config.schema, sum(len(of_task) for of_task in segments.values()))
     for form in options.formats:
@@ -211,7 +250,7 @@ def _write(trained: Trained, source: ParquetSource, options: ExportOptions, fold
         "tables": options.tables,
         "versions": run_tags(),
     }
-    write_manifest(folder, config.schema, columns, row_key, segments, facts)
+    write_manifest(folder, config.schema, columns, row_key, segments, transforms, facts)
     return open_package(folder)
 
 
@@ -233,11 +272,15 @@ def _complete(folder: Path, package: Package) -> None:
     """Describes the folder again, now with the parity report in it."""
     (folder / PACKAGE).unlink()
     facts = {name: package.facts[name] for name in ("name", "source", "tables", "versions")}
-    write_manifest(folder, package.schema, package.columns, package.row_key, package.segments, facts)
+    write_manifest(folder, package.schema, package.columns, package.row_key, package.segments, package.transforms, facts)
 
 
-def _columns_of(segments: dict[str, dict[str, tuple[str, ...]]]) -> list[str]:
-    return list(dict.fromkeys(column for of_task in segments.values() for column in of_task))
+def _segments_of(calibrators: Mapping[str, Calibrator]) -> list[str]:
+    return list(dict.fromkeys(column for calibrator in calibrators.values() for column in calibrator.segments))
+
+
+def _without_dictionary(kind: pa.DataType) -> pa.DataType:
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
 def stored_columns(source: ParquetSource, others: Sequence[str]) -> pa.Schema:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from mlenv.errors import MlenvError
+from mlenv.errors import DataError, MlenvError
 from mlenv.schema import Schema
 from mlenv.serving.columns import from_rows
 from mlenv.serving.package import open_package
@@ -44,19 +44,21 @@ def log_to_run(package: Path, output: Path) -> str:
     """Adds a package to the MLflow run of a training; returns the model's address there, for ``mlflow models serve``.
 
     Raises:
-        DataError: the training is not tracked.
-        MlenvError: MLflow does not take it.
+        DataError: the training is not tracked, or MLflow has not got its run.
+        MlenvError: MLflow does not answer.
     """
-    from mlenv.tracking import brief, prepare_environment, tracked_run
+    from mlenv.mlflow_outbox import known_uri
+    from mlenv.mlflow_store import asking, open_store
+    from mlenv.tracking import tracked_run
 
     record = tracked_run(output)
-    prepare_environment()
-    from mlflow import MlflowClient
-
-    try:
-        MlflowClient(tracking_uri=record.uri).log_artifacts(record.run_id, str(package), ARTIFACT)
-    except Exception as error:  # what MLflow and its stores raise is of many kinds
-        raise MlenvError(f"MLflow at {record.uri}: {brief(error)}. Fix: mlenv runs send {output}, then run this again.") from error
+    fix = f"mlenv runs send {output}, then run this again"
+    if not record.run_id:
+        raise DataError(str(output), expected="a training whose run MLflow has", received="a run that is still to be sent", fix=fix)
+    uri = known_uri(record.uri)
+    client = open_store(uri)
+    with asking(uri, f"run {record.run_id}", what="the run of this training", fix=fix):
+        client.log_artifacts(record.run_id, str(package), ARTIFACT)
     return f"runs:/{record.run_id}/{ARTIFACT}"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,15 +22,15 @@ from mlenv.loops.evaluate import score
 from mlenv.loops.metrics import BinaryMetrics
 from mlenv.serving.package import GRAPHS, Package
 from mlenv.serving.predictor import Predictor
+from mlenv.serving.row_transforms import columns_before
 
+TOLERANCE = 1e-5
+"""How far a prediction of a package with float32 tables may be from the trainer's."""
 JSON_ROWS = 1000
 """Rows that also go through JSON, as a request brings them."""
 BATCH_SIZES = (1, 10, 100, 1000)
 REPEATS = 50
 """Requests of each size that are timed, after some that are not."""
-ROUNDING = 2e-6
-"""What another order of summation may do to a logit of size 1. Where a calibrator jumps, this alone moves a prediction far, the
-trainer's own too from one size of batch to another."""
 _FIGURES = ("auc", "normalized_entropy", "log_loss", "calibration")
 
 
@@ -54,10 +54,8 @@ class Parity:
     tables: str
     differences: dict[str, float]
     """Largest difference of a prediction, over all rows and tasks."""
-    beyond_rounding: dict[str, float]
-    """Largest distance of a prediction from what the trainer gives when its logit moves by ``ROUNDING`` either way."""
     rows_apart: dict[str, int]
-    """Rows that differ by more than 1e-5."""
+    """Rows that differ by more than ``TOLERANCE``."""
     json_rows: int
     json_differences: dict[str, float]
     """The same of the first rows, written as JSON and read again."""
@@ -78,7 +76,7 @@ class Parity:
         lines = [f"compared on {self.rows:,} rows of {self.window}, tables {self.tables}"]
         for form, difference in self.differences.items():
             lines.append(
-                f"{form}: largest difference {difference:.2e}, {self.rows_apart[form]} rows apart by more than 1e-5, "
+                f"{form}: largest difference {difference:.2e}, {self.rows_apart[form]} rows apart by more than {TOLERANCE:g}, "
                 f"{self.bytes[form] / 1e6:.1f} MB"
             )
             for name, before in self.trainer.items():
@@ -98,17 +96,13 @@ def compare(
         written: folder of the predictions that the training wrote for the same window, if there is one.
     """
     tasks = package.schema.tasks
-    parts: list[list[Floats]] = [[], [], []]
-    labels, weights = [], []
+    parts, labels, weights = [], [], []
     for batch, logits in score(model, source):
-        step = ROUNDING * logits.abs().clamp(min=1)
-        for part, moved in zip(parts, (logits, logits - step, logits + step), strict=True):
-            part.append(predictions_from(moved, batch.metadata, tasks, calibrators).numpy())
+        parts.append(predictions_from(logits, batch.metadata, tasks, calibrators).numpy())
         labels.append(batch.labels)
         weights.append(batch.weights)
-    (trainer, low, high), targets = map(np.concatenate, parts), (torch.cat(labels), torch.cat(weights))
+    trainer, targets = np.concatenate(parts), (torch.cat(labels), torch.cat(weights))
     differences: dict[str, float] = {}
-    beyond: dict[str, float] = {}
     apart: dict[str, int] = {}
     as_json: dict[str, float] = {}
     metrics: dict[str, dict[str, float]] = {}
@@ -118,8 +112,7 @@ def compare(
         predictor = Predictor(package, form)
         served, first, sample = _served(predictor, source)
         differences[form] = _largest(served, trainer)
-        beyond[form] = float(np.maximum(np.minimum(low, high) - served, served - np.maximum(low, high)).max(initial=0))
-        apart[form] = int((np.abs(served - trainer) > 1e-5).any(1).sum())
+        apart[form] = int((np.abs(served - trainer) > TOLERANCE).any(1).sum())
         as_json[form] = _largest(first, trainer[: len(first)])
         metrics[form] = _metrics(served, tasks, targets)
         latency[form] = [_latency(predictor, sample, rows) for rows in BATCH_SIZES]
@@ -130,7 +123,6 @@ def compare(
         rows=len(trainer),
         tables=str(package.facts["tables"]),
         differences=differences,
-        beyond_rounding=beyond,
         rows_apart=apart,
         json_rows=min(JSON_ROWS, len(trainer)),
         json_differences=as_json,
@@ -144,10 +136,9 @@ def compare(
 
 def _served(predictor: Predictor, source: ParquetSource) -> tuple[Floats, Floats, pa.RecordBatch]:
     """Predictions of all rows; of the first ones by way of JSON; and rows to time requests with."""
-    columns = predictor.package.columns
+    package = predictor.package
     parts, first, sample = [], np.zeros((0, len(predictor.tasks)), np.float32), None
-    for rows in source.record_batches(tuple(columns.names)):
-        plain = as_columns(rows, columns)
+    for plain in requests(package, source):
         parts.append(predictor.predict(plain))
         if len(first) < JSON_ROWS:
             written = json.dumps(_json_rows(plain.slice(0, JSON_ROWS - len(first))))
@@ -155,6 +146,17 @@ def _served(predictor: Predictor, source: ParquetSource) -> tuple[Floats, Floats
         sample = plain if sample is None or sample.num_rows < plain.num_rows else sample
     assert sample is not None
     return np.concatenate(parts), first, sample
+
+
+def requests(package: Package, source: ParquetSource) -> Iterator[pa.RecordBatch]:
+    """The rows of a window as a request has them.
+
+    Args:
+        source: of the data of ``keeping``.
+    """
+    held = columns_before(package.transforms.steps, package.columns.names)
+    for rows in source.record_batches(tuple(held.values())):
+        yield as_columns(rows.rename_columns(list(held)), package.columns)
 
 
 def as_columns(rows: pa.RecordBatch, columns: pa.Schema) -> pa.RecordBatch:

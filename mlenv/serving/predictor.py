@@ -56,6 +56,7 @@ class Predictor:
     def inputs(self, rows: pa.RecordBatch, first_row: int = 0) -> GraphInputs:
         """What the graph takes for these rows; ``first_row`` is the number of the first one in the request."""
         schema = self.package.schema
+        rows = self.package.transforms.apply(rows, first_row)
         try:
             sparse, dense = encode_features(rows, schema)
         except RowError as error:

@@ -20,6 +20,7 @@ from mlenv.modules import (
     SegmentCalibrator,
     TemperatureConfig,
 )
+from mlenv.modules.isotonic_calibration import less_steep
 
 ALL = [
     TemperatureConfig(),
@@ -66,7 +67,7 @@ def test_isotonic_equals_scikit_learn(seed, tied):
     counted = weights > 0
     expected = IsotonicRegression(out_of_bounds="clip").fit(logits[counted], labels[counted], sample_weight=weights[counted])
     points = np.concatenate([logits, np.random.default_rng(2).normal(-1, 5, 1000).astype(np.float32).astype(np.float64)])
-    found = predictions(IsotonicConfig().fit(logits, labels, weights), points)
+    found = predictions(IsotonicConfig(max_slope=None).fit(logits, labels, weights), points)
     np.testing.assert_allclose(found, expected.predict(points), rtol=0, atol=1e-6)
 
 
@@ -128,6 +129,44 @@ def test_isotonic_by_hand():
     assert calibrator.thresholds.tolist() == [0, 1, 3, 4]
     assert calibrator.predictions.tolist() == [0, 0.25, 0.25, 1]
     assert predictions(calibrator, [-9, 0.5, 1, 2, 3.5, 9]) == pytest.approx([1e-7, 0.125, 0.25, 0.25, 0.625, 1 - 1e-7], abs=1e-7)
+
+
+def test_a_jump_becomes_a_ramp_by_hand():
+    jump = np.array([0.0, 1.0, 1.0 + 2**-40, 2.0]), np.array([0.25, 0.25, 0.75, 0.75])
+    thresholds, values = less_steep(*jump, 2.0)  # one of the two curves rises from 0.75 to 1, the other to 1.25
+    assert np.interp([0, 0.75, 1, 1.25, 2], thresholds, values) == pytest.approx([0.25, 0.25, 0.5, 0.75, 0.75], abs=1e-9)
+    at_the_ends = less_steep(np.array([0.0, 0.1]), np.array([0.0, 1.0]), 1.0)
+    assert np.interp([-1, -0.9, 0.05, 1, 1.1], *at_the_ends) == pytest.approx([0, 0, 0.5, 1, 1], abs=1e-9)
+    gentle = np.array([0.0, 1.0, 3.0]), np.array([0.0, 0.25, 1.0])
+    assert [part.tolist() for part in less_steep(*gentle, 0.5)] == [part.tolist() for part in gentle]
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_curve_is_as_steep_as_it_may_be_and_as_the_slow_version(seed):
+    rng = np.random.default_rng(seed)
+    thresholds = np.round(np.sort(rng.choice(1000, 12, replace=False)) / 1000, 3)
+    values = np.sort(rng.random(12))
+    grid = np.arange(-2000, 3001) / 1000  # holds every corner
+    curve = np.interp(grid, thresholds, values)
+    ramp = 1.5 * np.maximum(grid[:, None] - grid, 0)
+    below, above = (curve + ramp).min(1), (curve - ramp.T).max(1)
+    found = np.interp(grid, *less_steep(thresholds, values, 1.5))
+    np.testing.assert_allclose(found, (below + above) / 2, atol=1e-12)
+    assert (np.diff(found) >= -1e-12).all()
+    assert np.diff(found).max() <= 1.5e-3 + 1e-12
+
+
+def test_isotonic_moves_little_when_a_logit_does_and_is_as_good_on_other_rows():
+    logits, labels, weights, _ = held_out(rows=30_000)
+    calibrator, exact = (IsotonicConfig(max_slope=slope).fit(logits, labels, weights) for slope in (1.0, None))
+    slopes = np.diff(calibrator.predictions.numpy()) / np.diff(calibrator.thresholds.numpy())
+    assert slopes.max() <= 1 + 1e-6
+    assert weights @ predictions(calibrator, logits) == pytest.approx(weights @ labels, rel=3e-4)
+    others, their_labels, their_weights, _ = held_out(seed=1, rows=30_000)
+    squares = [their_weights @ (predictions(one, others) - their_labels) ** 2 for one in (calibrator, exact)]
+    assert squares[0] <= squares[1]
+    small = predictions(IsotonicConfig().fit(logits / 1000, labels, weights), logits / 1000)  # as steep, seen from its logits
+    np.testing.assert_allclose(small, predictions(calibrator, logits), atol=0.02)
 
 
 def test_negative_sampling_is_the_formula():
@@ -218,6 +257,7 @@ def test_equal_logits_give_the_base_rate(config):
         (lambda: LogisticConfig(segments=("a", "a")), "segments"),
         (lambda: LogisticConfig(segments=("a",), ridge=0.0), "ridge"),
         (lambda: HistogramConfig(num_bins=0), "num_bins"),
+        (lambda: IsotonicConfig(max_slope=0.0), "max_slope"),
         (lambda: NegativeSamplingConfig(rate=0.0), "rate"),
         (lambda: NegativeSamplingConfig(rate=float("nan")), "rate"),
     ],

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +27,7 @@ from mlenv.serving.columns import RowsError
 from mlenv.serving.export import ExportOptions, check_export, export
 from mlenv.serving.package import open_package
 from mlenv.serving.predictor import Predictor
+from mlenv.serving.server import ServerOptions, make_app
 from mlenv.training import train
 
 pytestmark = pytest.mark.slow  # for a package of two formats, compared on every row, and a server
@@ -44,17 +47,23 @@ schema:
     topic_weights: {kind: weighted, storage: string}
     history: {kind: sequence, max_length: 5, fields: {item: {table: item_id}, action: {storage: string}}}
     price: {kind: numeric, log1p: true, default: null}
+    price_band: {kind: categorical}
     is_weekend: {kind: binary}
     item_vector: {kind: dense_vector, dim: 8}
   tables:
     item_id: {num_embeddings: 1000, embedding_dim: 4}
     user_country: {num_embeddings: 100, embedding_dim: 4, ids: hash}
+    price_band: {num_embeddings: 20, embedding_dim: 4, ids: hash}
     device: {num_embeddings: 3, embedding_dim: 4, ids: vocabulary, vocabulary: [phone, desktop, tablet]}
     topic: {num_embeddings: 100, embedding_dim: 4, ids: hash, pooling: mean}
     topic_weights: {num_embeddings: 100, embedding_dim: 4, ids: hash}
     history_action: {num_embeddings: 10, embedding_dim: 4, ids: hash}
 data:
   path: PATH
+  transforms:
+  - {kind: derive, column: price_band, sql: CAST(price / 10 AS BIGINT)}
+  - {kind: clip, column: price, upper: 30}
+  - {kind: filter, where: price IS NULL OR price >= 0}
   batch_size: 128
   train: {end: 2026-01-01}
   validation: {start: 2026-01-02, end: 2026-01-02}
@@ -64,6 +73,9 @@ calibration: {click: {kind: logistic, segments: [placement]}}
 loop: {checkpoint_every_steps: 20, max_steps: 12}
 tracking: {enabled: false}
 """
+
+
+FORMS = ("onnx", "program", "aoti") if shutil.which("g++") else ("onnx", "program")
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +93,7 @@ def package(trained: Path) -> Path:
     out = trained.parent / "package"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mlenv.serving.parity.REPEATS", 3)
-        _, parity = export(str(trained), ExportOptions(out=out, formats=("onnx", "program")))
+        _, parity = export(str(trained), ExportOptions(out=out, formats=FORMS))
     assert parity.rows == 2000
     return out
 
@@ -97,7 +109,8 @@ def rows(package: Path, ads: Path) -> list[dict]:
 def test_every_row_is_scored_as_the_training_scored_it(package, trained, rows):
     report = json.loads((package / "parity.json").read_text())
     written = pq.read_table(trained / "predictions").to_pandas()[["prediction_click", "prediction_conversion"]].to_numpy()
-    for form in ("onnx", "program"):
+    assert set(open_package(package).formats) == set(FORMS)
+    for form in FORMS:
         served = Predictor(open_package(package), form).predict_rows(rows)
         assert np.abs(served - written).max() < 1e-5
         assert report["differences"][form] == pytest.approx(np.abs(served - written).max(), abs=1e-7)
@@ -105,6 +118,19 @@ def test_every_row_is_scored_as_the_training_scored_it(package, trained, rows):
         assert [latency["rows"] for latency in report["latency"][form]] == [1, 10, 100, 1000]
         assert report["metrics"][form]["click/auc"] == pytest.approx(report["trainer"]["click/auc"], abs=1e-4)
     assert report["written_difference"] < 1e-5
+
+
+def test_transforms_of_the_config_run_on_raw_values(package, rows):
+    assert "price_band" not in open_package(package).columns.names
+    predictor = Predictor(open_package(package))
+    prices = [row["price"] for row in rows if row["price"] is not None]
+    assert max(prices) > 30 > min(prices)
+    dear = [{**rows[0], "price": price} for price in (31.0, 35.0, 45.0)]
+    first, same_band, other_band = predictor.predict_rows(dear).tolist()
+    assert first == same_band  # clipped alike, and of the same band
+    assert first != other_band
+    with pytest.raises(RowsError, match="row 1, field 'price': expected a number"):
+        predictor.predict_rows([rows[0], {**rows[1], "price": "30"}])
 
 
 def test_a_row_alone_and_an_empty_one_are_scored_alike(package, rows):
@@ -137,6 +163,7 @@ import json, sys
 from pathlib import Path
 from mlenv.serving.package import open_package
 from mlenv.serving.predictor import Predictor
+from mlenv.serving.server import ServerOptions, make_app
 from mlenv.serving.server import ServerOptions, make_app
 make_app(Predictor(open_package(Path({str(package)!r}))), ServerOptions())
 print(sorted({{"torch", "torchrec", "ray", "mlflow", "lightning"}} & set(sys.modules)))
@@ -227,6 +254,44 @@ def test_bad_requests_are_answered_with_the_reason(server, rows):
     assert call(port, json.dumps({"rows": rows[:51]}))[0] == 413
     assert call(port, " " * 200_000)[0] == 413
     assert call(port, json.dumps({"rows": []}))[1]["predictions"] == []
+
+
+async def ask(app, parts, *, before_the_last=None):
+    """Status and headers of an answer to a body in parts, of which the last may have to wait for something."""
+    sent = []
+    waiting = [{"type": "http.request", "body": part, "more_body": part is not parts[-1]} for part in parts]
+
+    async def receive():
+        if len(waiting) == 1 and before_the_last is not None:
+            await before_the_last.wait()
+        return waiting.pop(0)
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/predict", "query_string": b"", "headers": [], "http_version": "1.1"}
+    await app(scope | {"raw_path": b"/predict", "scheme": "http", "server": ("here", 80), "client": ("here", 1)}, receive, send)
+    return sent[0]["status"], dict(sent[0]["headers"]), json.loads(sent[1]["body"])
+
+
+def test_too_many_requests_are_told_to_come_again_and_too_long_ones_are_not_read(package, rows):
+    app = make_app(Predictor(open_package(package)), ServerOptions(max_concurrent=2, max_bytes=10_000))
+    body = json.dumps({"rows": rows[:1]}).encode()
+
+    async def crowd():
+        is_refused = asyncio.Event()
+        early = [asyncio.create_task(ask(app, [b"", body], before_the_last=is_refused)) for _ in range(2)]
+        await asyncio.sleep(0.05)
+        late = await ask(app, [body])
+        is_refused.set()
+        return late, await asyncio.gather(*early), await ask(app, [body]), await ask(app, [b" " * 6000, b" " * 6000, b"never read"])
+
+    (status, headers, answer), early, after, too_long = asyncio.run(crowd())
+    assert (status, headers[b"retry-after"]) == (503, b"1")
+    assert answer["message"] == "2 requests are under way; come again"
+    assert [one[0] for one in early] == [200, 200]
+    assert after[0] == 200
+    assert (too_long[0], too_long[2]["message"]) == (413, "the request has more than the 10,000 bytes that are allowed")
 
 
 def test_eight_clients_are_all_answered(server, rows):

@@ -1,0 +1,1 @@
+"""Pipelines: declared once in mlenv.yaml, rendered for GitHub Actions, GitLab CI, Jenkins and Buildkite."""
