@@ -18,7 +18,6 @@ import torch.distributed
 
 SECONDS = 240
 
-
 CONTEXT = multiprocessing.get_context("forkserver")  # the process of the tests has threads, which do not survive a fork
 CONTEXT.set_forkserver_preload(
     ["mlenv.cli", "mlenv.training", "torchrec.distributed.planner", "torch.distributed.fsdp", "torch.distributed.checkpoint"]

@@ -221,8 +221,13 @@ def test_twenty_failures_cost_no_bit_and_the_log_tells_of_each(demo_arguments, l
         training.wait_until_said(f"{newest.name}/{file.name}: expected ")
 
     def kill_ray_worker() -> None:
-        training.wait_until(lambda: bool(ray_workers()), "a Ray worker that reads rows")
-        os.kill(random.choice(ray_workers()), signal.SIGKILL)
+        def is_killed() -> bool:
+            workers = ray_workers()
+            if workers:
+                os.kill(random.choice(workers), signal.SIGKILL)
+            return bool(workers)
+
+        training.wait_until(is_killed, "a Ray worker that reads rows")
 
     def kill_server() -> None:
         server.kill()

@@ -94,11 +94,8 @@ def cluster(tmp_path_factory) -> Iterator[Any]:
 
     before = Path.cwd()
     os.chdir(tmp_path_factory.mktemp("elsewhere"))
-    soon = {
-        "health_check_initial_delay_ms": 0,
-        "health_check_period_ms": 500,
-        "health_check_failure_threshold": 3,
-    }  # till a lost node is missed
+    # A lost node is missed within two seconds, not twenty.
+    soon = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 3}
     options = {"num_cpus": 2, "object_store_memory": 100 << 20, "include_dashboard": False, "_system_config": soon}
     cluster = Cluster(initialize_head=True, head_node_args=options)
     os.chdir(before)
