@@ -16,7 +16,7 @@ from mlenv.images.build import BuildOptions, Image, base_of
 from mlenv.images.kept import bill_of_materials, describe, kept_images, old_images
 from mlenv.images.run import RunOptions, run
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 Repo = Callable[..., Path]
 Built = Callable[..., tuple[Image, list[str]]]

@@ -120,6 +120,7 @@ def registered(tmp_path: Path) -> Iterator[str]:
 
 
 @pytest.mark.engine
+@pytest.mark.slow
 def test_an_image_goes_to_a_registry_and_to_another_engine(
     engine: Any, repo: Repo, built: Built, registered: str, monkeypatch: pytest.MonkeyPatch, capfdbinary: pytest.CaptureFixture[bytes]
 ) -> None:
@@ -157,6 +158,7 @@ def test_a_push_that_is_refused(engine: Any, repo: Repo, built: Built, python_ba
 
 
 @pytest.mark.engine
+@pytest.mark.slow
 def test_a_full_disk(engine: Any, python_base: str, repo: Repo, packed: Packed, monkeypatch: pytest.MonkeyPatch) -> None:
     """On an engine of its own: others build on this one."""
     if not may_start_engines():

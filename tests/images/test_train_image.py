@@ -108,4 +108,6 @@ def torchrun_over_two_containers(engine: Any, reference: str) -> None:
         assert [container.returncode for container in containers] == [0, 0], "\n".join(said)
     finally:
         network.remove()
-    assert 0 < metrics(Path("work/two"))["test"]["click/auc"] < 1
+    assert metrics(Path("work/two")) == pytest.approx(metrics(Path("work/outside")), rel=1e-6)
+    sharding = json.loads(Path("work/two/sharding.json").read_text())
+    assert {shard["rank"] for table in sharding.values() for shard in table["shards"]} == {0, 1}  # a table in each container
