@@ -15,12 +15,12 @@ from pathlib import Path
 
 from benchmarks.comparison import Result, markdown_table
 from benchmarks.mlenv_training import SameRunAgain
-from mlenv.batch_inference import InferenceOptions, prepare, run
 from mlenv.composition import compose
 from mlenv.config import ExperimentConfig
 from mlenv.datasets.kuairand import convert_kuairand
 from mlenv.datasets.simulated_ads import SimulationConfig, simulate
 from mlenv.experiment import Experiment
+from mlenv.inference.batch_inference import InferenceOptions, prepare, run
 from mlenv.loops.fit import fit
 from mlenv.training import train
 

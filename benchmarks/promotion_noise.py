@@ -12,12 +12,12 @@ from mlenv.composition import compose
 from mlenv.config import GatesConfig
 from mlenv.datasets.simulated_ads import SimulationConfig, simulate
 from mlenv.experiment import Experiment
-from mlenv.gates import GateVerdict, Judgement, judge_calibration, judge_gain, judge_limits, judge_regression
-from mlenv.gates import measure as measure_figures
+from mlenv.inference.stored_scorer import open_scorer, rows_for
 from mlenv.loops.fit import fit
-from mlenv.paired_scoring import Scored, pair, score
+from mlenv.models.gates import GateVerdict, Judgement, judge_calibration, judge_gain, judge_limits, judge_regression
+from mlenv.models.gates import measure as measure_figures
+from mlenv.models.paired_scoring import Scored, pair, score
 from mlenv.schema import Schema
-from mlenv.stored_scorer import open_scorer, rows_for
 
 DEMO = Path(__file__).parent.parent / "examples" / "demo" / "ranker.yaml"
 LOG = SimulationConfig(num_days=4, rows_per_day=25_000, seed=20_260)

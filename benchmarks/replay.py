@@ -20,15 +20,15 @@ import torch
 
 from benchmarks.comparison import Result, markdown_table
 from mlenv.composition import compose
-from mlenv.corruptions import draw_rows
 from mlenv.datasets.kuairand import convert_kuairand
 from mlenv.experiment import Experiment
+from mlenv.inference.stored_scorer import StoredScorer, open_scorer, rows_for
 from mlenv.loops.fit import fit
-from mlenv.parquet_log import key_from
-from mlenv.score_replay import ReplayOptions, replay_scores
-from mlenv.simulation import Simulation, SimulationOptions, simulate
-from mlenv.skew import SkewOptions, find_skew
-from mlenv.stored_scorer import StoredScorer, open_scorer, rows_for
+from mlenv.robustness.corruptions import draw_rows
+from mlenv.robustness.parquet_log import key_from
+from mlenv.robustness.score_replay import ReplayOptions, replay_scores
+from mlenv.robustness.simulation import Simulation, SimulationOptions, simulate
+from mlenv.robustness.skew import SkewOptions, find_skew
 
 ROOT = Path(__file__).parent.parent
 DATA = Path(os.environ.get("MLENV_DATA", ROOT.parent / "shared" / "data")) / "kuairand"

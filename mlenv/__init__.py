@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mlenv.batch import Batch
-    from mlenv.batch_inference import predict
     from mlenv.composition import compose
     from mlenv.experiment import Experiment
+    from mlenv.inference.batch_inference import predict
     from mlenv.loops.evaluate import evaluate
     from mlenv.loops.fit import fit
     from mlenv.schema import Schema
@@ -30,7 +30,7 @@ _HOME = {
     "compose": "mlenv.composition",
     "evaluate": "mlenv.loops.evaluate",
     "fit": "mlenv.loops.fit",
-    "predict": "mlenv.batch_inference",
+    "predict": "mlenv.inference.batch_inference",
     "replay": "mlenv.step_replay",
     "train": "mlenv.training",
 }

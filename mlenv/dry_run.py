@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import torch
 
-from mlenv.backfill_checks import check_pairs
 from mlenv.batch import Extra, example_batch
+from mlenv.checks.backfill_checks import check_pairs
 from mlenv.config import EmbeddingsConfig, ExperimentConfig
 from mlenv.datasets.parquet_source import NoFilesError, ParquetSource
 from mlenv.loops.compilation import owner_of_dense_part

@@ -20,7 +20,6 @@ from torch import nn
 from mlenv.batch import Batch, Extra, Position, example_batch
 from mlenv.composition import leaves, to_plain, to_yaml
 from mlenv.config import BALANCES, CALIBRATORS, ExperimentConfig
-from mlenv.dataset_record import DATASET_FILE, DatasetRecord, check_same_content, mlflow_inputs, read_dataset_record, record_dataset
 from mlenv.datasets.division import Division, divide_anew, division_from
 from mlenv.datasets.parquet_source import ParquetSource
 from mlenv.errors import CheckpointError, ConfigError
@@ -52,12 +51,13 @@ from mlenv.loops.training_state import changing_buffers, model_tensors, optimize
 from mlenv.loops.weight_average import WeightAverage
 from mlenv.modules import ENGINES, NumericNormalization, Objective, gate_gauges
 from mlenv.modules.distillation import Teach
-from mlenv.page import write_whole
-from mlenv.profile_page import PROFILE_PAGE, limit_of, render_profile
+from mlenv.pages.page import write_whole
+from mlenv.pages.profile_page import PROFILE_PAGE, limit_of, render_profile
+from mlenv.records.dataset_record import DATASET_FILE, DatasetRecord, check_same_content, mlflow_inputs, read_dataset_record, record_dataset
+from mlenv.records.tracking import MlflowTracker, run_tags
 from mlenv.resume import check_resumable, check_schema
 from mlenv.run_folder import occupy, write_config
 from mlenv.teacher import Teacher, teacher_of
-from mlenv.tracking import MlflowTracker, run_tags
 from mlenv.warm_start import OBJECTIVE_STATE, WARM_START, Difference, WarmStart
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from typing import IO
 from mlenv.composition import to_yaml
 from mlenv.config import CONFIG_FILE, ExperimentConfig
 from mlenv.errors import ConfigError, MlenvError
-from mlenv.page import write_whole
+from mlenv.pages.page import write_whole
 
 HEADER = "# What mlenv composed of defaults, files and overrides.\n"
 

@@ -16,11 +16,11 @@ _TIMEOUT_SECONDS: Final = 10
 
 def mlflow_condition(uri: str) -> Condition:
     """Whether MLflow answers; nobody is asked when no place is named."""
-    from mlenv.mlflow_outbox import without_password
+    from mlenv.records.mlflow_outbox import without_password
 
     if not uri:
         return Condition("MLflow", "pass", "not named; trainings keep their runs in mlflow.db beside them")
-    from mlenv.mlflow_store import asking, open_store
+    from mlenv.records.mlflow_store import asking, open_store
 
     try:
         client = open_store(uri)

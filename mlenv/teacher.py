@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from mlenv.batch import Batch, SparseFeatures
 from mlenv.config import DistillationConfig
 from mlenv.errors import ConfigError
+from mlenv.inference.stored_model import ModelSections, build_stored_model, find_checkpoint, fingerprint_of, read_sections
 from mlenv.loops.calibration import CALIBRATORS_FILE, Calibrator, calibrators_from_json
 from mlenv.loops.checkpoint import read_document, verify
 from mlenv.modules.distillation import Taught, Teach
 from mlenv.modules.shared_input import WatchedInput
 from mlenv.schema import Schema, Table
-from mlenv.stored_model import ModelSections, build_stored_model, find_checkpoint, fingerprint_of, read_sections
 
 KEY = "objective.distillation.teacher"
 

@@ -10,20 +10,20 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from mlenv.backfill_checks import compare_pairs, read_pairs
+from mlenv.catalogue.feature_record import FEATURES_FILE, record_features
+from mlenv.checks.backfill_checks import compare_pairs, read_pairs
+from mlenv.checks.validation import check_baseline, validate_statistics, window_by_day
 from mlenv.config import ExperimentConfig
 from mlenv.datasets.parquet_source import ParquetSource
 from mlenv.datasets.statistics import STATISTICS_FILE, Statistics, read_statistics
 from mlenv.experiment import SPLITS, Experiment, Split
-from mlenv.feature_record import FEATURES_FILE, record_features
 from mlenv.loops.evaluate import Evaluation, evaluate
 from mlenv.loops.fit import fit
 from mlenv.loops.journal import JOURNAL_FILE, Journal
 from mlenv.loops.ranks import is_main
 from mlenv.loops.training_run import CHECKPOINT_FOLDER, CONFIG, UnseenLossError
-from mlenv.page import write_whole
-from mlenv.report import Report, write_report
-from mlenv.validation import check_baseline, validate_statistics, window_by_day
+from mlenv.pages.page import write_whole
+from mlenv.pages.report import Report, write_report
 
 logger = logging.getLogger(__name__)
 

@@ -18,11 +18,11 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from mlenv.composition import from_plain
 from mlenv.config import WarmStartConfig
 from mlenv.errors import ConfigError, nearest
+from mlenv.inference.stored_model import find_checkpoint, fingerprint_of
 from mlenv.loops.checkpoint import load_tensors, stored_shapes, verify
 from mlenv.loops.ranks import objects_of_all
 from mlenv.loops.training_run import CONFIG
 from mlenv.schema import Schema, Table
-from mlenv.stored_model import find_checkpoint, fingerprint_of
 
 logger = logging.getLogger(__name__)
 

@@ -24,9 +24,9 @@ from mlflow import MlflowClient
 from mlenv.errors import DONE
 from mlenv.loops.checkpoint import checkpoint_name, list_checkpoints
 from mlenv.loops.journal import Journal
+from tests.records.test_tracking import is_healthy, port, wait_until
 from tests.test_experiment import assert_identical
 from tests.test_failures import fill, last_step, small_disk
-from tests.test_tracking import is_healthy, port, wait_until
 
 __all__ = ["port", "small_disk"]  # fixtures
 pytestmark = [pytest.mark.long, pytest.mark.filterwarnings("ignore::DeprecationWarning:mlflow")]

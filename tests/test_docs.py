@@ -21,7 +21,7 @@ from mlenv.datasets.ray_workers import RayConfig
 from mlenv.loops.dense_optimizers import AdamWConfig
 from mlenv.modules import CrossNetConfig, RankerConfig
 from mlenv.modules.ranker import CrossingConfig
-from mlenv.tracking import MlflowTracker
+from mlenv.records.tracking import MlflowTracker
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"

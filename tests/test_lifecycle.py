@@ -14,8 +14,8 @@ import pytest
 
 from mlenv.cli import main
 from mlenv.errors import DONE
-from mlenv.registry import CHAMPION, PREVIOUS, Registry
-from tests.test_promotion import Server
+from mlenv.models.registry import CHAMPION, PREVIOUS, Registry
+from tests.models.test_promotion import Server
 
 ROOT = Path(__file__).parent.parent
 DATA = Path(os.environ.get("MLENV_DATA", ROOT.parent / "shared" / "data"))

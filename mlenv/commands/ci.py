@@ -25,7 +25,7 @@ def add_ci_commands(verbs: argparse._SubParsersAction[argparse.ArgumentParser], 
 def _render(options: argparse.Namespace) -> int:
     from mlenv.ci.pipeline import read_pipeline
     from mlenv.ci.providers import PROVIDERS, drift
-    from mlenv.page import write_whole
+    from mlenv.pages.page import write_whole
 
     provider = PROVIDERS[options.provider]
     text = provider.render(read_pipeline(options.file))

@@ -70,7 +70,7 @@ def add_data_commands(verbs: argparse._SubParsersAction[argparse.ArgumentParser]
 
 
 def _validate(config: ExperimentConfig, options: argparse.Namespace) -> int:
-    from mlenv.validation_run import validate
+    from mlenv.checks.validation_run import validate
 
     verdict = validate(config, window=options.window, baseline=options.baseline, backfilled=options.backfilled, out=options.out)
     print(verdict_text(verdict))
@@ -151,8 +151,8 @@ def _show_dataset(options: argparse.Namespace) -> int:
     if options.dry_run:
         print(f"would show what {options.name} was trained on" + (f", against {options.against}" if options.against else ""))
         return DONE
-    from mlenv.dataset_record import changes_since, differences, summary
-    from mlenv.dataset_show import find_record
+    from mlenv.records.dataset_record import changes_since, differences, summary
+    from mlenv.records.dataset_show import find_record
 
     record = find_record(options.name, options.uri)
     if options.against:

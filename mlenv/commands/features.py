@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, get_args
 from mlenv.errors import DONE, GATE, ConfigError
 
 if TYPE_CHECKING:
-    from mlenv.feature_catalogue import CatalogueReader
+    from mlenv.catalogue.feature_catalogue import CatalogueReader
 
 
 def add_feature_commands(verbs: argparse._SubParsersAction[argparse.ArgumentParser], verb: Callable[..., argparse.ArgumentParser]) -> None:
@@ -46,9 +46,9 @@ def add_feature_commands(verbs: argparse._SubParsersAction[argparse.ArgumentPars
 
 def _with_catalogue(run: Callable[[CatalogueReader, argparse.Namespace], int], options: argparse.Namespace) -> int:
     """Finds the runs of a command; a dry run says where they are and goes no further."""
-    from mlenv.feature_catalogue import CatalogueReader
-    from mlenv.mlflow_outbox import without_password
-    from mlenv.mlflow_store import store_uri
+    from mlenv.catalogue.feature_catalogue import CatalogueReader
+    from mlenv.records.mlflow_outbox import without_password
+    from mlenv.records.mlflow_store import store_uri
 
     uri = store_uri(options.uri)
     if options.dry_run:
@@ -63,7 +63,7 @@ def _with_catalogue(run: Callable[[CatalogueReader, argparse.Namespace], int], o
 
 
 def _features_list(reader: CatalogueReader, options: argparse.Namespace) -> int:
-    from mlenv.feature_text import list_text
+    from mlenv.catalogue.feature_text import list_text
 
     catalogue = reader.read()
     print(list_text(catalogue, catalogue.matching(entity=options.entity, owner=options.owner, text=options.match)))
@@ -71,23 +71,23 @@ def _features_list(reader: CatalogueReader, options: argparse.Namespace) -> int:
 
 
 def _features_show(reader: CatalogueReader, options: argparse.Namespace) -> int:
-    from mlenv.feature_text import show_text
+    from mlenv.catalogue.feature_text import show_text
 
     print(show_text(reader.read().feature(options.feature)))
     return DONE
 
 
 def _features_usage(reader: CatalogueReader, options: argparse.Namespace) -> int:
-    from mlenv.feature_text import usage_text
+    from mlenv.catalogue.feature_text import usage_text
 
     print(usage_text(reader.read().feature(options.feature)))
     return DONE
 
 
 def _features_alerts(reader: CatalogueReader, options: argparse.Namespace) -> int:
+    from mlenv.catalogue.feature_alerts import find_alerts, measure
+    from mlenv.catalogue.feature_text import alerts_text
     from mlenv.composition import compose
-    from mlenv.feature_alerts import find_alerts, measure
-    from mlenv.feature_text import alerts_text
 
     if options.window and options.config is None:
         raise ConfigError("--window", expected="--config beside it, whose window it is", received=options.window)
@@ -99,7 +99,7 @@ def _features_alerts(reader: CatalogueReader, options: argparse.Namespace) -> in
 
 
 def _features_serve(reader: CatalogueReader, options: argparse.Namespace) -> int:
-    from mlenv.feature_pages import serve
+    from mlenv.catalogue.feature_pages import serve
 
     reader.read()  # what is wrong is said here, not in the browser
     print(f"open http://127.0.0.1:{options.port}/", flush=True)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from mlenv.findings import Verdict
+    from mlenv.checks.findings import Verdict
 
 _FIGURES: Final = {"auc": "AUC", "normalized_entropy": "NE", "calibration": "calibration"}
 _BEST: Final = {"auc": "best AUC", "normalized_entropy": "best NE"}

@@ -11,7 +11,7 @@ from mlenv.commands.rows import add_rows
 from mlenv.errors import DONE, ConfigError, check_at_least
 
 if TYPE_CHECKING:
-    from mlenv.explanation import Explanation, InsightOptions
+    from mlenv.insight.explanation import Explanation, InsightOptions
 
 _MODEL = "output folder of a training, a checkpoint, or a model that MLflow keeps"
 
@@ -47,7 +47,7 @@ def _add_closeness(made: argparse.ArgumentParser) -> None:
 
 
 def _closeness(options: argparse.Namespace, *, features: tuple[str, ...] = (), num_local: int = 0) -> InsightOptions:
-    from mlenv.explanation import InsightOptions
+    from mlenv.insight.explanation import InsightOptions
 
     for name, value, least in (("--rows", options.rows, 1), ("--repeats", options.repeats, 2), ("--local", num_local, 0)):
         check_at_least(name, value, least)
@@ -69,7 +69,7 @@ def _explain(options: argparse.Namespace) -> int:
         where = f", and write to {options.out}" if options.out is not None else ""
         print(f"would look at {wanted.num_rows:,} rows of {options.path or 'the test window'} with {options.model}{where}")
         return DONE
-    from mlenv.explanation import PAGE, explain
+    from mlenv.insight.explanation import PAGE, explain
 
     found = explain(options.model, wanted, path=options.path, start=options.start, end=options.end, uri=options.uri, out=options.out)
     print(explanation_text(found))
@@ -89,7 +89,7 @@ def _card(options: argparse.Namespace) -> int:
     if options.dry_run:
         print(f"would measure {options.model} on {options.path or 'the test window'}, and write its card to {options.out}")
         return DONE
-    from mlenv.model_card import PAGE, log_card, write_card
+    from mlenv.insight.model_card import PAGE, log_card, write_card
 
     where = {"path": options.path, "start": options.start, "end": options.end, "uri": options.uri}
     page = write_card(options.model, options.out, wanted, notes=notes, **where)

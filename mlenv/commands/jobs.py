@@ -27,8 +27,8 @@ def add_job_commands(verbs: argparse._SubParsersAction[argparse.ArgumentParser],
 
 def _render_job(options: argparse.Namespace) -> int:
     from mlenv.composition import compose
-    from mlenv.job_manifests import render
-    from mlenv.page import write_whole
+    from mlenv.launching.job_manifests import render
+    from mlenv.pages.page import write_whole
 
     config = compose(options.config, options.overrides)
     text = render(config, options.kind, ["train", str(options.config), *options.overrides])
@@ -42,7 +42,7 @@ def _render_job(options: argparse.Namespace) -> int:
 
 def _submit_job(options: argparse.Namespace) -> int:
     from mlenv.composition import compose
-    from mlenv.job_submit import check_job, follow, submit
+    from mlenv.launching.job_submit import check_job, follow, submit
 
     config = compose(options.config, options.overrides)
     check_job(config)

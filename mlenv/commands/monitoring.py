@@ -45,9 +45,9 @@ def _moment(text: str) -> datetime.datetime:
 
 
 def _monitor(options: argparse.Namespace) -> int:
+    from mlenv.inference.stored_scorer import open_scorer, rows_for
     from mlenv.monitoring.check import check_folder, check_model
     from mlenv.monitoring.observation import reference_of
-    from mlenv.stored_scorer import open_scorer, rows_for
 
     if options.last_days and (options.start or options.end):
         raise ConfigError("--last-days", expected="no --start or --end beside it", received=options.last_days)

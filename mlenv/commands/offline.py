@@ -46,9 +46,9 @@ def add_offline_commands(verbs: argparse._SubParsersAction[argparse.ArgumentPars
 
 
 def _compare(options: argparse.Namespace) -> int:
+    from mlenv.inference.stored_scorer import open_scorer
     from mlenv.offline.model_pair import compare_models
     from mlenv.offline.model_pair_page import check_folder, pair_text, write_pair
-    from mlenv.stored_scorer import open_scorer
 
     if options.out is not None:
         check_folder(options.out)
@@ -119,7 +119,7 @@ def _keep(found: object, out: Path | None) -> None:
     import dataclasses
     import json
 
-    from mlenv.page import write_whole
+    from mlenv.pages.page import write_whole
 
     plain = [dataclasses.asdict(one) for one in found] if isinstance(found, list) else dataclasses.asdict(found)  # type: ignore[call-overload]
     write_whole(json.dumps(plain, indent=2), out)

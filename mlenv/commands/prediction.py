@@ -32,8 +32,8 @@ def add_prediction_commands(
 
 
 def _predict(options: argparse.Namespace) -> int:
-    from mlenv.batch_inference import PART_ROWS, InferenceOptions, prepare, run
-    from mlenv.prediction_folder import check_folder
+    from mlenv.inference.batch_inference import PART_ROWS, InferenceOptions, prepare, run
+    from mlenv.inference.prediction_folder import check_folder
 
     if options.overrides:
         received = " ".join(options.overrides)

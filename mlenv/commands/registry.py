@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 from mlenv.errors import DONE, GATE, ConfigError
 
 if TYPE_CHECKING:
-    from mlenv.registry import ModelVersion, Move, RegisteredModel, Registry
+    from mlenv.models.registry import ModelVersion, Move, RegisteredModel, Registry
 
 _FIGURES: Final = ("auc", "normalized_entropy", "calibration")
 _WINDOWS: Final = ("train window", "validation window", "test window")
@@ -58,11 +58,11 @@ def _add_uri(made: argparse.ArgumentParser, otherwise: str = "otherwise where tr
 
 def _register(options: argparse.Namespace) -> int:
     if options.dry_run:
-        from mlenv.tracking import tracked_run
+        from mlenv.records.tracking import tracked_run
 
         print(f"would register {options.output} (run {tracked_run(options.output).run_id or 'pending'}) as {options.name}")
         return DONE
-    from mlenv.registration import register
+    from mlenv.models.registration import register
 
     result = register(options.output, options.name, options.uri)
     print(f"{result.version}" if result.is_new else f"{result.version}, which was registered before")
@@ -88,7 +88,7 @@ def _promote(options: argparse.Namespace) -> int:
             from_plain(load(options.gates), GatesConfig, str(options.gates))
         print(f"would hold {options.version} of {options.name} against its champion, and promote it when it passes")
         return DONE
-    from mlenv.promotion import PAGE, promote
+    from mlenv.models.promotion import PAGE, promote
 
     result = promote(
         options.name,
@@ -118,7 +118,7 @@ def _rollback(options: argparse.Namespace) -> int:
     if options.dry_run:
         print(f"would make the previous champion of {options.name} champion again")
         return DONE
-    from mlenv.promotion import rollback
+    from mlenv.models.promotion import rollback
 
     move = rollback(options.name, uri=options.uri, reason=options.reason)
     print(f"champion {options.name} version {move.version}, instead of version {move.before}")
@@ -126,13 +126,13 @@ def _rollback(options: argparse.Namespace) -> int:
 
 
 def _models(options: argparse.Namespace) -> int:
-    from mlenv.mlflow_outbox import without_password
-    from mlenv.mlflow_store import store_uri
+    from mlenv.records.mlflow_outbox import without_password
+    from mlenv.records.mlflow_store import store_uri
 
     if options.dry_run:
         print(f"would read the registered models of {without_password(store_uri(options.uri))}")
         return DONE
-    from mlenv.registry import Registry
+    from mlenv.models.registry import Registry
 
     registry = Registry(options.uri)
     if options.name:

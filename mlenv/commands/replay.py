@@ -73,8 +73,8 @@ def _pairs(texts: list[str], option: str, form: str) -> dict[str, str]:
 
 
 def _replay(options: argparse.Namespace) -> int:
-    from mlenv.parquet_log import key_from
-    from mlenv.score_replay import ReplayOptions, replay_scores, write_replay
+    from mlenv.robustness.parquet_log import key_from
+    from mlenv.robustness.score_replay import ReplayOptions, replay_scores, write_replay
 
     wanted = ReplayOptions(
         key=key_from(options.key),
@@ -90,7 +90,7 @@ def _replay(options: argparse.Namespace) -> int:
         print(f"would compare the scores of {options.logged} with those of {options.model} on {on}")
         return DONE
     _check_folder(options.out)
-    from mlenv.stored_scorer import open_scorer
+    from mlenv.inference.stored_scorer import open_scorer
 
     scorer = open_scorer(options.model, options.uri)
     found = replay_scores(scorer, options.model, options.logged, rows_from(options, scorer) if are_named else None, wanted)
@@ -109,7 +109,7 @@ def _replay(options: argparse.Namespace) -> int:
 
 
 def _simulate(options: argparse.Namespace) -> int:
-    from mlenv.simulation import SimulationOptions, simulate, write_simulation
+    from mlenv.robustness.simulation import SimulationOptions, simulate, write_simulation
 
     plain = SimulationOptions()
     groups = _pairs(options.group, "--group", "NAME=FEATURES")
@@ -128,7 +128,7 @@ def _simulate(options: argparse.Namespace) -> int:
         print(f"would corrupt {wanted.share:.0%} of the rows of {options.model}: {', '.join(wanted.kinds)}")
         return DONE
     _check_folder(options.out)
-    from mlenv.stored_scorer import open_scorer
+    from mlenv.inference.stored_scorer import open_scorer
 
     scorer = open_scorer(options.model, options.uri)
     found = simulate(scorer, options.model, rows_from(options, scorer), wanted)
@@ -146,8 +146,8 @@ def _simulate(options: argparse.Namespace) -> int:
 
 
 def _skew(options: argparse.Namespace) -> int:
-    from mlenv.parquet_log import key_from
-    from mlenv.skew import SkewOptions, find_skew, write_skew
+    from mlenv.robustness.parquet_log import key_from
+    from mlenv.robustness.skew import SkewOptions, find_skew, write_skew
 
     wanted = SkewOptions(
         key=key_from(options.key),

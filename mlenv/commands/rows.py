@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mlenv.stored_scorer import HeldOut, StoredScorer
+    from mlenv.inference.stored_scorer import HeldOut, StoredScorer
 
 
 def add_rows(made: argparse.ArgumentParser) -> None:
@@ -19,6 +19,6 @@ def add_rows(made: argparse.ArgumentParser) -> None:
 
 def rows_from(options: argparse.Namespace, scorer: StoredScorer) -> HeldOut:
     """What the options of `add_rows` name."""
-    from mlenv.stored_scorer import rows_for
+    from mlenv.inference.stored_scorer import rows_for
 
     return rows_for(scorer, options.path, options.start, options.end)

@@ -32,7 +32,7 @@ def add_search_commands(verbs: argparse._SubParsersAction[argparse.ArgumentParse
 
 def _tune(options: argparse.Namespace) -> int:
     from mlenv.composition import to_yaml
-    from mlenv.tuning import check_search, compose_tuning, tune
+    from mlenv.studies.tuning import check_search, compose_tuning, tune
 
     if options.dry_run:
         config = compose_tuning(options.tuning, options.overrides)
@@ -50,8 +50,8 @@ def _tune(options: argparse.Namespace) -> int:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    from mlenv.comparison import check_comparison, compare
     from mlenv.config import ResourcesConfig
+    from mlenv.studies.comparison import check_comparison, compare
 
     wanted = {"out": options.out, "num_seeds": options.seeds, "metrics": options.metric}
     resources = ResourcesConfig(max_concurrent=options.max_concurrent, cpus=options.cpus, gpus=options.gpus, address=options.address)

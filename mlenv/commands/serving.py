@@ -34,7 +34,7 @@ def add_serving_commands(verbs: argparse._SubParsersAction[argparse.ArgumentPars
 
 
 def _export(options: argparse.Namespace) -> int:
-    from mlenv.mlflow_store import store_uri
+    from mlenv.records.mlflow_store import store_uri
     from mlenv.serving.export import ExportOptions, check_export, export
 
     wanted = ExportOptions(
@@ -48,7 +48,7 @@ def _export(options: argparse.Namespace) -> int:
         print(f"would export {check_export(options.model, wanted)} to {options.out}")
         return DONE
     if options.log_to_run:
-        from mlenv.tracking import tracked_run
+        from mlenv.records.tracking import tracked_run
 
         tracked_run(Path(options.model))  # that there is one, before the long work
     package, parity = export(options.model, wanted)

@@ -25,7 +25,7 @@ def add_tracking_commands(verbs: argparse._SubParsersAction[argparse.ArgumentPar
 
 
 def _send(options: argparse.Namespace) -> int:
-    from mlenv.tracking import send_pending, tracked_run
+    from mlenv.records.tracking import send_pending, tracked_run
 
     uri = tracked_run(options.output).uri
     if options.dry_run:
@@ -37,7 +37,7 @@ def _send(options: argparse.Namespace) -> int:
 
 
 def _ui(options: argparse.Namespace) -> int:
-    from mlenv.mlflow_store import store_uri
+    from mlenv.records.mlflow_store import store_uri
 
     uri = store_uri(options.uri)
     command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri, "--port", str(options.port)]

@@ -41,7 +41,10 @@ class LauncherConfig(Protocol):
         """Returns the exit code of the command, once all processes have ended."""
 
 
-LAUNCHERS: dict[str, type | str] = {"ray": "mlenv.ray_launch:RayLauncherConfig", "torchrun": "mlenv.launch:TorchrunConfig"}
+LAUNCHERS: dict[str, type | str] = {
+    "ray": "mlenv.launching.ray_launch:RayLauncherConfig",
+    "torchrun": "mlenv.launching.launch:TorchrunConfig",
+}
 """Launchers by the name that ``launch.kind`` takes."""
 
 

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from mlenv.checks.findings import Chance, Measure, Verdict
+from mlenv.checks.validation import validate_statistics
+from mlenv.checks.validation_page import ValidationPage, render_validation
 from mlenv.errors import ConfigError
-from mlenv.findings import Chance, Measure, Verdict
+from mlenv.inference.stored_scorer import HeldOut, StoredScorer
 from mlenv.monitoring.observation import Observation, observe
 from mlenv.monitoring.scores import ScoreCounts, distance, in_parts, stability
-from mlenv.page import write_whole
-from mlenv.stored_scorer import HeldOut, StoredScorer
-from mlenv.validation import validate_statistics
-from mlenv.validation_page import ValidationPage, render_validation
+from mlenv.pages.page import write_whole
 
 MONITOR_FILE: Final = "monitor.json"
 MONITOR_PAGE: Final = "monitor.html"

@@ -14,9 +14,9 @@ import pyarrow as pa
 
 from mlenv.datasets.statistics import Statistics, collect, statistics_columns
 from mlenv.errors import DataError
+from mlenv.inference.stored_scorer import HeldOut, StoredScorer
 from mlenv.monitoring.scores import ScoreCounts
-from mlenv.page import write_whole
-from mlenv.stored_scorer import HeldOut, StoredScorer
+from mlenv.pages.page import write_whole
 
 FORMAT: Final = 1
 
@@ -97,7 +97,7 @@ def reference_of(scorer: StoredScorer, file: Path | None) -> Observation:
         ConfigError: the model was trained without a test window.
         DataError: the file holds something else, or what another model saw.
     """
-    from mlenv.stored_scorer import rows_for
+    from mlenv.inference.stored_scorer import rows_for
 
     if file is not None and file.exists():
         reference = read_observation(file)

@@ -9,8 +9,8 @@ from contextlib import suppress
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
 
+from mlenv.checks.findings import Severity
 from mlenv.errors import MlenvError
-from mlenv.findings import Severity
 from mlenv.monitoring.check import Checked
 
 logger = logging.getLogger(__name__)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from mlenv.mlflow_store import asking, open_store, store_uri
 from mlenv.monitoring.check import Checked
 from mlenv.monitoring.server import STATES
+from mlenv.records.mlflow_store import asking, open_store, store_uri
 
 
 def track(checked: Checked, experiment: str, uri: str = "") -> str:

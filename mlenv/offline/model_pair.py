@@ -7,9 +7,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from mlenv.config import GatesConfig
-from mlenv.gates import Figure, measure
-from mlenv.paired_scoring import check_row_key, pair, score
-from mlenv.stored_scorer import HeldOut, StoredScorer
+from mlenv.inference.stored_scorer import HeldOut, StoredScorer
+from mlenv.models.gates import Figure, measure
+from mlenv.models.paired_scoring import check_row_key, pair, score
 
 
 @dataclass(frozen=True, kw_only=True)

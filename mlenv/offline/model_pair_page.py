@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Final
 
 from mlenv.errors import ConfigError
+from mlenv.models.promotion_page import figures_table, gain_charts
 from mlenv.offline.model_pair import ModelPair
-from mlenv.page import render, write_whole
-from mlenv.promotion_page import figures_table, gain_charts
+from mlenv.pages.page import render, write_whole
 
 PAGE: Final = "comparison.html"
 DOCUMENT: Final = "comparison.json"
@@ -46,7 +46,7 @@ def write_pair(pair: ModelPair, facts: Mapping[str, str], folder: Path) -> Path:
     document = {**facts, "lost_tasks": list(pair.lost_tasks), "figures": [dataclasses.asdict(figure) for figure in pair.figures]}
     write_whole(json.dumps(document, indent=2), folder / DOCUMENT)
     page = render(
-        "model_pair.html.j2",
+        "offline/model_pair.html.j2",
         facts=facts,
         charts_of_gains=gain_charts(pair.figures, "first"),
         figures=figures_table(pair.figures, "Second", "First"),

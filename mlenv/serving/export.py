@@ -19,12 +19,15 @@ from mlenv.composition import compose, to_yaml
 from mlenv.config import ExperimentConfig, WindowConfig
 from mlenv.datasets.parquet_source import ParquetSource
 from mlenv.errors import ConfigError, GateError
+from mlenv.inference.stored_model import find_checkpoint, fingerprint_of
+from mlenv.inference.stored_scorer import HeldOut
 from mlenv.loops.calibration import CALIBRATORS_FILE, Calibrator, calibrators_from_json
 from mlenv.loops.checkpoint import load_tensors, read_document, verify
 from mlenv.loops.training_run import CONFIG
 from mlenv.loops.training_state import model_tensors
 from mlenv.modules import TorchEmbeddings
 from mlenv.modules.served_embeddings import TABLE_TYPES, ServedEmbeddings, TableType
+from mlenv.records.tracking import run_tags
 from mlenv.schema import Schema
 from mlenv.serving.columns import plain_type, served_columns
 from mlenv.serving.graph import ServedGraph
@@ -34,9 +37,6 @@ from mlenv.serving.onnx_graph import refused, without_chatter, write_onnx
 from mlenv.serving.package import FORMATS, GRAPHS, PACKAGE, PARITY, SCHEMA, Format, Package, open_package, write_manifest
 from mlenv.serving.parity import TOLERANCE, Parity, compare
 from mlenv.serving.row_transforms import ServedPlan, ServedTransforms, columns_before, keeping, plan_serving
-from mlenv.stored_model import find_checkpoint, fingerprint_of
-from mlenv.stored_scorer import HeldOut
-from mlenv.tracking import run_tags
 
 logger = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ def write_mlflow_model(folder: Path, schema: Schema, columns: pa.Schema) -> None
     """Writes MLmodel, with the signature, and the requirements that MLflow wants beside it."""
     from importlib.metadata import version
 
-    from mlenv.tracking import prepare_environment
+    from mlenv.records.tracking import prepare_environment
 
     prepare_environment()
     from mlflow import pyfunc
@@ -47,9 +47,9 @@ def log_to_run(package: Path, output: Path) -> str:
         DataError: the training is not tracked, or MLflow has not got its run.
         MlenvError: MLflow does not answer.
     """
-    from mlenv.mlflow_outbox import known_uri
-    from mlenv.mlflow_store import asking, open_store
-    from mlenv.tracking import tracked_run
+    from mlenv.records.mlflow_outbox import known_uri
+    from mlenv.records.mlflow_store import asking, open_store
+    from mlenv.records.tracking import tracked_run
 
     record = tracked_run(output)
     fix = f"mlenv runs send {output}, then run this again"

@@ -18,7 +18,6 @@ import pytest
 import torch
 
 from mlenv.batch import START
-from mlenv.batch_inference import InferenceOptions, prepare, run
 from mlenv.composition import compose
 from mlenv.config import DataConfig, WindowConfig, check
 from mlenv.datasets.parquet_source import ParquetSource
@@ -31,7 +30,8 @@ from mlenv.datasets.transforms.label_events import LabelEventsConfig
 from mlenv.datasets.transforms.sampling import SampleNegativesConfig
 from mlenv.datasets.transforms.stratify import StratifyConfig
 from mlenv.errors import ConfigError, DataError, MlenvError, Problems, TrainingError
-from mlenv.part_scoring import PartScorer, Reading
+from mlenv.inference.batch_inference import InferenceOptions, prepare, run
+from mlenv.inference.part_scoring import PartScorer, Reading
 from mlenv.schema import Categorical, DenseVector, Label, MultiCategorical, Numeric, Schema, Table
 from mlenv.training import train
 
@@ -357,7 +357,7 @@ def test_a_training_has_the_same_metrics(demo_arguments, address):
 
 
 def test_a_killed_actor_costs_parts_and_no_row(folder, address, tmp_path, monkeypatch, caplog):
-    """Rows scored by two actors, one of which dies at a row, against those of threads; see tests/test_batch_inference.py."""
+    """Rows scored by two actors, one of which dies at a row, against those of threads; see tests/inference/test_batch_inference.py."""
     monkeypatch.chdir(tmp_path)
     tables = "{item: {num_embeddings: 1000, embedding_dim: 2}}"
     schema = f"{{row_key: [key], labels: {{click: {{}}}}, features: {{item: {{kind: categorical}}}}, tables: {tables}}}"

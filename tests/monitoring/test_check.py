@@ -17,10 +17,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from mlenv.cli import main
 from mlenv.config import WindowConfig
 from mlenv.errors import DONE, GATE, WRONG_INPUT, ConfigError, DataError, MlenvError
+from mlenv.inference.stored_scorer import HeldOut, StoredScorer, open_scorer, rows_for
 from mlenv.monitoring.check import MONITOR_FILE, MONITOR_PAGE, Checked, check_folder, check_model
 from mlenv.monitoring.observation import observe, read_observation, reference_of
 from mlenv.monitoring.server import MonitorMetrics, serve_monitor
-from mlenv.stored_scorer import HeldOut, StoredScorer, open_scorer, rows_for
 
 SOON = datetime.datetime(2026, 1, 4, tzinfo=datetime.UTC)
 

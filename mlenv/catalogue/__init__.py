@@ -1,0 +1,1 @@
+"""The catalogue of features, read from the runs that MLflow keeps."""

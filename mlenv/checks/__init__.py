@@ -1,0 +1,1 @@
+"""The judgement of data before and beside trainings."""

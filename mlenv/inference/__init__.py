@@ -1,0 +1,1 @@
+"""Stored models, opened and asked about rows."""

@@ -1,0 +1,1 @@
+"""Trainings in several processes, on clusters and by schedulers."""

@@ -1,0 +1,1 @@
+"""Pages of HTML: their look, their charts, the report of a training."""

@@ -1,0 +1,1 @@
+"""What is kept of a training: runs in MLflow, and what they read."""

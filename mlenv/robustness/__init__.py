@@ -1,0 +1,1 @@
+"""What a model does with other values: replay, simulation, skew."""

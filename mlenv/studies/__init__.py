@@ -1,0 +1,1 @@
+"""Many trainings: searches over keys, comparisons over seeds."""
