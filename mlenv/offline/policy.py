@@ -56,10 +56,11 @@ class LoggedRows:
         ):
             if wrong := np.flatnonzero(~is_good).tolist():
                 expected = "a finite number" if name == "reward" else "above 0 and at most 1" if name == "propensity" else "from 0 to 1"
-                received = f"{values[wrong[0]]} in row {wrong[0]}, and {len(wrong) - 1} more"
+                received = f"{values[wrong[0]]} in row {wrong[0]}" + (f", and {len(wrong) - 1} more" if len(wrong) > 1 else "")
                 raise DataError(name, expected=expected, received=received, fix=fix)
-        if not len(self.rewards):
-            raise DataError("log", expected="rows of randomized traffic", received="none", fix="name a log with some, or other days")
+        if (requests := len(np.unique(self.clusters))) < 2:
+            fix = "name a log with more randomized traffic, or other days"
+            raise DataError("log", expected="rows of randomized traffic, of two requests or more", received=requests, fix=fix)
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ def _around(value: float, influence: Floats, clusters: Integers) -> Estimate:
     """A 95 % interval from what each row moves the value by; rows of a cluster move it together."""
     sums = np.bincount(clusters, influence)
     num = len(sums)
-    error = math.sqrt(float((sums**2).sum()) * num / max(num - 1, 1)) / len(influence)
+    error = math.sqrt(float((sums**2).sum()) * num / (num - 1)) / len(influence)
     return Estimate(value, value - NORMAL_95 * error, value + NORMAL_95 * error)
 
 

@@ -115,7 +115,8 @@ def _floats(frame: pl.DataFrame, name: str) -> np.ndarray[tuple[int], np.dtype[n
     try:
         return frame.get_column(name).cast(pl.Float64).fill_null(float("nan")).to_numpy()
     except pl.exceptions.PolarsError as error:
-        raise DataError(f"column {name!r}", expected="numbers", received=str(frame.schema[name])) from error
+        fix = "write it as a number"
+        raise DataError(f"column {name!r}", expected="numbers", received=str(frame.schema[name]), fix=fix) from error
 
 
 def _numbers(column: pl.Series) -> Integers:

@@ -110,6 +110,7 @@ def test_candidates_become_decisions(tmp_path):
         ({"rewards": [np.nan, 1]}, "reward"),
         ({"targets": [0, 0]}, "could have shown"),
         ({"rewards": [], "propensities": [], "targets": []}, "rows of randomized traffic"),
+        ({"rewards": [1], "propensities": [0.5], "targets": [0.5]}, "two requests or more. Received: 1"),
     ],
 )
 def test_wrong_logs_are_refused(change, message):
