@@ -44,6 +44,10 @@ class ValidationPage:
     """By back-filled column, how far it agrees with the logged one."""
     logged: Mapping[str, str] = field(default_factory=dict)
     """By back-filled column, the name of the logged one."""
+    kind: str = "Validation of data"
+    """What the page is, for people."""
+    scores: Sequence[Chart] = ()
+    """How a model's predictions are distributed, where they were judged too."""
 
 
 def render_validation(page: ValidationPage) -> str:

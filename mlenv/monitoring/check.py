@@ -16,7 +16,8 @@ from mlenv.checks.validation_page import ValidationPage, render_validation
 from mlenv.errors import ConfigError
 from mlenv.inference.stored_scorer import HeldOut, StoredScorer
 from mlenv.monitoring.observation import Observation, observe
-from mlenv.monitoring.scores import ScoreCounts, distance, in_parts, stability
+from mlenv.monitoring.scores import ScoreCounts, cumulative, distance, in_parts, stability
+from mlenv.pages.charts import NEUTRAL, Chart, Series, line_chart
 from mlenv.pages.page import write_whole
 
 MONITOR_FILE: Final = "monitor.json"
@@ -39,7 +40,14 @@ class Checked:
         """``monitor.json`` and ``monitor.html``; the folder's parent exists."""
         folder.mkdir(exist_ok=True)
         page = ValidationPage(
-            f"{self.facts['model']} in use", self.facts, self.verdict, self.now.statistics, self.reference.statistics, scorer.schema
+            self.facts["model"],
+            self.facts,
+            self.verdict,
+            self.now.statistics,
+            self.reference.statistics,
+            scorer.schema,
+            kind="A model in use",
+            scores=[_score_chart(task, counts, self.reference.scores[task]) for task, counts in self.now.scores.items()],
         )
         write_whole(json.dumps(self.facts | self.verdict.to_plain(), indent=2), folder / MONITOR_FILE)
         write_whole(render_validation(page), folder / MONITOR_PAGE)
@@ -71,6 +79,12 @@ def check_model(
     facts = {"model": name, "checked": f"{at:%Y-%m-%d %H:%M} UTC", "rows": f"{now.statistics.rows:,} of {now.window}"}
     facts |= {"reference": f"{reference.statistics.rows:,} of {reference.window}", **means}
     return Checked(verdict=verdict, now=now, reference=reference, at=at, facts=facts)
+
+
+def _score_chart(task: str, now: ScoreCounts, before: ScoreCounts) -> Chart:
+    sides = (("reference", before, NEUTRAL), ("now", now, 0))
+    series = [Series(name, [*zip(*cumulative(counts), strict=True)], color, "line") for name, counts, color in sides]
+    return line_chart(task, series, "prediction", y_range=(0.0, 1.0))
 
 
 def _scores(now: Observation, reference: Observation, significance: float) -> Iterator[Measure]:

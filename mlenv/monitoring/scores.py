@@ -79,6 +79,11 @@ class ScoreCounts:
         return cls(**{**plain, "counts": np.array(plain["counts"], np.int64)})
 
 
+def cumulative(counts: ScoreCounts) -> tuple[Floats, Floats]:
+    """Predictions at the upper ends of the bins, and the share of the rows up to each."""
+    return 1 / (1 + np.exp(-EDGES[1:])), np.cumsum(counts.counts) / max(counts.rows, 1)
+
+
 def in_parts(now: ScoreCounts, reference: ScoreCounts) -> tuple[Integers, Integers]:
     """Rows of both by tenths of the reference, as near as whole bins allow; empty parts are joined with the next."""
     reached = np.cumsum(reference.counts) / max(reference.rows, 1)

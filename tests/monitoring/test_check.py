@@ -75,7 +75,8 @@ def test_what_has_moved_is_found_and_named(scorer, reference, broken, tmp_path):
     checked.write(tmp_path / "out", scorer)
     assert json.loads((tmp_path / "out" / MONITOR_FILE).read_text())["severity"] == "fail"
     page = (tmp_path / "out" / MONITOR_PAGE).read_text()
-    assert "ranker in use" in page
+    assert "A model in use" in page
+    assert page.count("prediction</text>") == len(scorer.schema.tasks)
     assert "10.00% of the rows have it" in page
 
 
