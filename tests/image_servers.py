@@ -33,9 +33,14 @@ def registry(folder: Path) -> Iterator[str]:
             process.terminate()
 
 
+BRIDGE = "mlenv-second"
+
+
 @contextmanager
 def second_engine(size: str = "6g") -> Iterator[Path]:
-    """An empty engine without a network of its own, in memory, beside the one that runs; gives its folder.
+    """An empty engine in memory, beside the one that runs; gives its folder.
+
+    It has a bridge of its own: told to have none, it would take away that of the other engine.
 
     ``host_of`` is its DOCKER_HOST.
     """
@@ -43,9 +48,15 @@ def second_engine(size: str = "6g") -> Iterator[Path]:
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size},mode=755", "mlenv-second", str(home)], check=True)
     command = [
         *("dockerd", "--data-root", str(home / "data"), "--exec-root", str(home / "exec"), "--pidfile", str(home / "docker.pid")),
-        *("--host", host_of(home), "--storage-driver", "overlay2", "--bridge", "none"),
+        *("--host", host_of(home), "--storage-driver", "overlay2", "--bridge", BRIDGE),
         *("--iptables=false", "--ip-forward=false", "--ip-masq=false"),
     ]
+    for words in (
+        ("link", "add", BRIDGE, "type", "bridge"),
+        ("address", "add", "172.31.255.1/24", "dev", BRIDGE),
+        ("link", "set", BRIDGE, "up"),
+    ):
+        subprocess.run(["ip", *words], check=True)
     try:
         with (home / "dockerd.log").open("w") as log, subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True) as process:
             try:
@@ -55,6 +66,7 @@ def second_engine(size: str = "6g") -> Iterator[Path]:
                 process.send_signal(signal.SIGTERM)
                 process.wait()
     finally:
+        subprocess.run(["ip", "link", "delete", BRIDGE], check=True)
         _unmount(home)
         home.rmdir()
 

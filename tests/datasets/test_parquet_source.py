@@ -271,10 +271,11 @@ def test_unfinished_files_are_passed_over(folder):
 def test_a_reader_that_is_dropped_stops_its_threads(folder):
     import threading
 
+    before = set(threading.enumerate())  # what other tests have left behind is theirs
     batches = source(folder).batches()
     next(batches)
     batches.close()
-    for thread in threading.enumerate():
+    for thread in set(threading.enumerate()) - before:
         if thread.name.startswith("decode"):
             thread.join(timeout=5)
             assert not thread.is_alive()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -46,6 +47,17 @@ def engine() -> Iterator[Any]:
         if image.labels.get(SESSION_LABEL) == SESSION:
             connected.images.remove(image.id, force=True)
     connected.close()
+
+
+@pytest.fixture(autouse=True)
+def alone_on_the_engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tests that count images or builds are not disturbed by those of another worker, which has its folder beside ours."""
+    if request.node.get_closest_marker("engine") is None:
+        yield
+        return
+    with (tmp_path_factory.getbasetemp().parent / "engine.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 @pytest.fixture(scope="session")

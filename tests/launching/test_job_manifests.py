@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -206,7 +207,7 @@ def test_a_job_is_rendered_by_the_command_line(demo_arguments, tmp_path, capsys)
     assert not out.exists()
     assert main(["job", "render", file, "--kind", "slurm", "--out", str(out), *settings]) == DONE
     assert out.read_text() == shown
-    assert f"mlenv train {file} data.batch_size=128" in shown
+    assert f"mlenv train {shlex.quote(str(file))} data.batch_size=128" in shown
     with pytest.raises(SystemExit, match=str(WRONG_INPUT)):
         main(["job", "render", file, "--kind", "rayjobs", "--out", str(out)])
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from mlenv import registry as registry_file
 from mlenv.errors import DataError, MlenvError
+from mlenv.models import registry as registry_file
 from mlenv.models.registry import CHALLENGER, CHAMPION, PREVIOUS, Move, RegisteredModel, Registry, locked
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:mlflow")
