@@ -15,8 +15,8 @@ from mlenv.checks.validation_page import ValidationPage, render_validation
 from mlenv.config import ExperimentConfig, WindowConfig
 from mlenv.datasets.parquet_source import ParquetSource
 from mlenv.datasets.statistics import STATISTICS_FILE, Statistics, read_statistics
-from mlenv.errors import ConfigError, DataError
-from mlenv.pages.page import write_whole
+from mlenv.errors import ConfigError
+from mlenv.pages.page import check_out, write_whole
 
 VALIDATION_FILE, PAGE_FILE = "validation.json", "validation.html"
 
@@ -49,8 +49,7 @@ def validate(
         raise ConfigError("baseline", expected=f"something else than the window {chosen!r}", received=against)
     if backfilled and baseline:
         raise ConfigError("baseline", expected="none beside backfilled, whose baseline is the other days", received=baseline)
-    if out is not None and (not out.parent.is_dir() or out.is_file()):
-        raise DataError(str(out), expected="a folder whose parent exists", received="none", fix=f"mkdir -p '{out.parent}'")
+    check_out(out)
     source, span, checks = window_source(config, chosen), _span(config, chosen), config.checks
     stored = read_statistics(Path(against)) if against and against not in get_args(Window) else None  # before the long work
     pairs = read_pairs(source, checks)

@@ -46,13 +46,13 @@ def _moment(text: str) -> datetime.datetime:
 
 def _monitor(options: argparse.Namespace) -> int:
     from mlenv.inference.stored_scorer import open_scorer, rows_for
-    from mlenv.monitoring.check import check_folder, check_model
+    from mlenv.monitoring.check import check_model
     from mlenv.monitoring.observation import reference_of
+    from mlenv.pages.page import check_out
 
     if options.last_days and (options.start or options.end):
         raise ConfigError("--last-days", expected="no --start or --end beside it", received=options.last_days)
-    if options.out is not None:
-        check_folder(options.out)
+    check_out(options.out)
     scorer = open_scorer(options.model, options.uri)
 
     def check() -> Checked:

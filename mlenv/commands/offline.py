@@ -48,10 +48,10 @@ def add_offline_commands(verbs: argparse._SubParsersAction[argparse.ArgumentPars
 def _compare(options: argparse.Namespace) -> int:
     from mlenv.inference.stored_scorer import open_scorer
     from mlenv.offline.model_pair import compare_models
-    from mlenv.offline.model_pair_page import check_folder, pair_text, write_pair
+    from mlenv.offline.model_pair_page import pair_text, write_pair
+    from mlenv.pages.page import check_out
 
-    if options.out is not None:
-        check_folder(options.out)
+    check_out(options.out)
     first, second = open_scorer(options.first, options.uri, "FIRST"), open_scorer(options.second, options.uri, "SECOND")
     rows = rows_from(options, second)
     if options.dry_run:

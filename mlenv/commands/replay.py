@@ -9,6 +9,7 @@ from typing import Final
 
 from mlenv.commands.rows import add_rows, rows_from
 from mlenv.errors import DONE, GATE, ConfigError
+from mlenv.pages.page import check_out
 
 _SHOWN: Final = 10
 """Lines of a list on the screen; the page has all."""
@@ -89,7 +90,7 @@ def _replay(options: argparse.Namespace) -> int:
         on = "the rows of its data set that are named" if are_named else "the features of the log"
         print(f"would compare the scores of {options.logged} with those of {options.model} on {on}")
         return DONE
-    _check_folder(options.out)
+    check_out(options.out)
     from mlenv.inference.stored_scorer import open_scorer
 
     scorer = open_scorer(options.model, options.uri)
@@ -127,7 +128,7 @@ def _simulate(options: argparse.Namespace) -> int:
     if options.dry_run:
         print(f"would corrupt {wanted.share:.0%} of the rows of {options.model}: {', '.join(wanted.kinds)}")
         return DONE
-    _check_folder(options.out)
+    check_out(options.out)
     from mlenv.inference.stored_scorer import open_scorer
 
     scorer = open_scorer(options.model, options.uri)
@@ -160,7 +161,7 @@ def _skew(options: argparse.Namespace) -> int:
     if options.dry_run:
         print(f"would compare the features of {options.served} with those of {options.logged}")
         return DONE
-    _check_folder(options.out)
+    check_out(options.out)
     found = find_skew(options.served, options.logged, wanted)
     for one in [feature for feature in found.features if feature.differs][:_SHOWN]:
         mark = "SKEW" if one.is_above else "    "
@@ -169,9 +170,3 @@ def _skew(options: argparse.Namespace) -> int:
     if options.out is not None:
         print(f"page     {write_skew(found, options.out)}")
     return GATE if found.above else DONE
-
-
-def _check_folder(folder: Path | None) -> None:
-    """Raises ConfigError before the long work where a page could not be written."""
-    if folder is not None and (not folder.parent.is_dir() or folder.is_file()):
-        raise ConfigError("--out", expected="a folder whose parent exists", received=str(folder), fix=f"mkdir -p '{folder.parent}'")

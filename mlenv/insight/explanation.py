@@ -30,7 +30,7 @@ from mlenv.insight.explanation_page import ExplanationPage, render_explanation
 from mlenv.insight.importance import Importance, groups_to_permute, permutation_importance, permutations, rank_correlation
 from mlenv.insight.row_sample import RowSample, read_sample
 from mlenv.modules import Representation
-from mlenv.pages.page import write_whole
+from mlenv.pages.page import check_out, write_whole
 from mlenv.records.mlflow_store import open_store, store_uri
 from mlenv.schema import Schema
 
@@ -121,7 +121,7 @@ def explain(
         DataError: the rows cannot be read, or have too few labels.
     """
     if out is not None:
-        check_parent(out)
+        check_out(out)
     with opened(name, uri) as (checkpoint, scorer):
         rows = rows_for(scorer, path, start, end)
         attributor = Attributor(scorer.model, scorer.schema) if options.num_local else None  # refused before the long work
@@ -137,12 +137,6 @@ def explain(
         write_whole(json.dumps(figures_of(insight, healths), indent=1), out / FIGURES)
         write_whole(render_explanation(ExplanationPage(title=name, insight=insight, healths=healths, local=local)), out / PAGE)
     return Explanation(insight=insight, healths=healths, local=local)
-
-
-def check_parent(out: Path) -> None:
-    """Raises ConfigError unless the folder to write into can be made."""
-    if not out.absolute().parent.is_dir() or out.is_file():
-        raise ConfigError("--out", expected="a folder whose parent exists", received=str(out), fix=f"mkdir -p '{out.parent}'")
 
 
 def source_of(scorer: StoredScorer, rows: HeldOut, options: InsightOptions) -> ParquetSource:

@@ -21,7 +21,7 @@ from mlenv.config import GatesConfig
 from mlenv.errors import DataError
 from mlenv.inference.stored_scorer import rows_for
 from mlenv.insight.embedding_health import TableHealth, table_healths
-from mlenv.insight.explanation import InsightOptions, check_parent, figures_of, gain_insight, opened, source_of
+from mlenv.insight.explanation import InsightOptions, figures_of, gain_insight, opened, source_of
 from mlenv.insight.importance import Importance
 from mlenv.insight.model_card_page import CardPage, render_card
 from mlenv.insight.model_origin import Origin, find_origin
@@ -30,7 +30,7 @@ from mlenv.loops.metrics import BinaryMetrics, ReliabilityCurve
 from mlenv.models.bootstrap import TaskRows
 from mlenv.models.gates import Figure, Loss, PairedRows, measure
 from mlenv.models.paired_scoring import Scored, missing_losses, pair, score
-from mlenv.pages.page import write_whole
+from mlenv.pages.page import check_out, write_whole
 from mlenv.schema import Schema
 
 logger = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ def write_card(
         DataError: the rows cannot be read, or have too few labels.
         MlenvError: MLflow has the model, and does not answer.
     """
-    check_parent(out)
+    check_out(out)
     with opened(name, uri) as (checkpoint, scorer):
         rows = rows_for(scorer, path, start, end)
         origin = find_origin(name, checkpoint, uri)

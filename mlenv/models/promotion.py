@@ -37,7 +37,7 @@ from mlenv.models.gates import (
 from mlenv.models.paired_scoring import Scored, check_row_key, measure_costs, missing_losses, pair, score
 from mlenv.models.promotion_page import PromotionPage, render_promotion
 from mlenv.models.registry import CHALLENGER, CHAMPION, PREVIOUS, ModelVersion, Move, MoveKind, Registry
-from mlenv.pages.page import write_whole
+from mlenv.pages.page import check_out, write_whole
 from mlenv.records.mlflow_store import asking
 
 logger = logging.getLogger(__name__)
@@ -106,8 +106,7 @@ def promote(
     """
     if force and not reason:
         raise ConfigError("--reason", expected="a reason beside --force", received="", fix="say why the gates do not count this time")
-    if out is not None and not out.absolute().parent.is_dir():
-        raise ConfigError("--out", expected="a folder whose parent exists", received=str(out), fix=f"mkdir -p '{out.parent}'")
+    check_out(out)
     wanted = None if gates is None else read_gates(gates)
     registry = Registry(uri)
     aliases = registry.model(name).aliases

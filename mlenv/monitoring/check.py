@@ -13,7 +13,6 @@ from typing import Final
 from mlenv.checks.findings import Chance, Measure, Verdict
 from mlenv.checks.validation import validate_statistics
 from mlenv.checks.validation_page import ValidationPage, render_validation
-from mlenv.errors import ConfigError
 from mlenv.inference.stored_scorer import HeldOut, StoredScorer
 from mlenv.monitoring.observation import Observation, observe
 from mlenv.monitoring.scores import ScoreCounts, cumulative, distance, in_parts, stability
@@ -51,12 +50,6 @@ class Checked:
         )
         write_whole(json.dumps(self.facts | self.verdict.to_plain(), indent=2), folder / MONITOR_FILE)
         write_whole(render_validation(page), folder / MONITOR_PAGE)
-
-
-def check_folder(folder: Path) -> None:
-    """Raises ConfigError when nothing can be written there."""
-    if folder.is_file() or not folder.parent.is_dir():
-        raise ConfigError("--out", expected="a folder whose parent exists", received=str(folder), fix=f"mkdir -p '{folder.parent}'")
 
 
 def check_model(

@@ -8,19 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from mlenv.errors import ConfigError
 from mlenv.models.promotion_page import figures_table, gain_charts
 from mlenv.offline.model_pair import ModelPair
 from mlenv.pages.page import render, write_whole
 
 PAGE: Final = "comparison.html"
 DOCUMENT: Final = "comparison.json"
-
-
-def check_folder(folder: Path) -> None:
-    """Raises ConfigError when nothing can be written there."""
-    if folder.is_file() or not folder.parent.is_dir():
-        raise ConfigError("--out", expected="a folder whose parent exists", received=str(folder), fix=f"mkdir -p '{folder.parent}'")
 
 
 def pair_text(pair: ModelPair) -> str:

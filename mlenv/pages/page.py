@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlenv.errors import ConfigError
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -35,6 +37,18 @@ def render(template: str, **values: object) -> str:
     loader = jinja2.PackageLoader("mlenv", "")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, loader=loader)
     return environment.get_template(template).render(**values)
+
+
+def check_out(folder: Path | None) -> None:
+    """
+    Args:
+        folder: of ``--out``; None for none.
+
+    Raises:
+        ConfigError: it cannot be made, so that long work would have nowhere to go.
+    """
+    if folder is not None and (folder.is_file() or not folder.absolute().parent.is_dir()):
+        raise ConfigError("--out", expected="a folder whose parent exists", received=str(folder), fix=f"mkdir -p '{folder.parent}'")
 
 
 def write_whole(text: str, path: Path) -> None:

@@ -27,7 +27,7 @@ from mlenv.config import ChecksConfig, Limits, WindowConfig
 from mlenv.datasets.kuairand import convert_kuairand, convert_kuairand_log
 from mlenv.datasets.simulated_ads import SimulationConfig, simulate
 from mlenv.datasets.statistics import Statistics, collect, read_statistics
-from mlenv.errors import ConfigError, DataError, GateError, Problems
+from mlenv.errors import ConfigError, GateError, Problems
 from mlenv.schema import Categorical, Label, Numeric, Schema, Table
 
 ROOT = Path(__file__).parents[2]
@@ -345,7 +345,7 @@ def test_what_cannot_be_compared_is_refused(simulated, tmp_path):
         validate(demo(simulated), window="train", baseline="train")
     with pytest.raises(ConfigError, match=r"data\.validation: expected a window"):
         validate(demo(simulated), window="validation")
-    with pytest.raises(DataError, match="expected a folder whose parent exists"):
+    with pytest.raises(ConfigError, match="expected a folder whose parent exists"):
         validate(demo(simulated), out=tmp_path / "no" / "folder")
     with pytest.raises(Problems, match=r"checks\.may_drift: expected features of the schema. Received: 'prize'. Fix: did you mean 'price'"):
         demo(simulated, "checks.may_drift=[prize]")

@@ -16,9 +16,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from mlenv.cli import main
 from mlenv.config import WindowConfig
-from mlenv.errors import DONE, GATE, WRONG_INPUT, ConfigError, DataError, MlenvError
+from mlenv.errors import DONE, GATE, WRONG_INPUT, DataError, MlenvError
 from mlenv.inference.stored_scorer import HeldOut, StoredScorer, open_scorer, rows_for
-from mlenv.monitoring.check import MONITOR_FILE, MONITOR_PAGE, Checked, check_folder, check_model
+from mlenv.monitoring.check import MONITOR_FILE, MONITOR_PAGE, Checked, check_model
 from mlenv.monitoring.observation import observe, read_observation, reference_of
 from mlenv.monitoring.server import MonitorMetrics, serve_monitor
 
@@ -137,5 +137,3 @@ def test_wrong_references_are_refused(scorer, tmp_path):
     file.write_text('{"format": 1, "model": "other"}')
     with pytest.raises(DataError, match="what a model saw in a window"):
         read_observation(file)
-    with pytest.raises(ConfigError, match="--out"):
-        check_folder(tmp_path / "no" / "folder")
