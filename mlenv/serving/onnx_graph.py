@@ -95,6 +95,14 @@ def _translations() -> dict[Any, Any]:
     def repeat_interleave(values: Any, repeats: Any, dim: Any = None, output_size: Any = None) -> Any:
         return op.Gather(values, rows_of_bags(repeats), axis=dim or 0)
 
+    def index_add(sums: Any, dim: int, index: Any, parts: Any, alpha: Any = 1) -> Any:
+        """The exporter's own is ScatterND, which ONNX Runtime adds up in several threads at once and so now and then loses a part."""
+        places = [place for place in range(len(parts.shape)) if place != dim % len(parts.shape)]
+        columns = op.Expand(op.Unsqueeze(index, op.Constant(value_ints=places)), op.Shape(parts))
+        if alpha != 1:
+            parts = op.Mul(parts, op.CastLike(op.Constant(value_float=float(alpha)), parts))
+        return op.ScatterElements(sums, columns, parts, axis=dim, reduction="add")
+
     def bucketize(values: Any, edges: Any, out_int32: bool = False, right: bool = False) -> Any:
         columns = op.Unsqueeze(values, op.Constant(value_ints=[-1]))
         below = op.GreaterOrEqual(columns, edges) if right else op.Greater(columns, edges)
@@ -104,4 +112,5 @@ def _translations() -> dict[Any, Any]:
         torch.ops.aten.repeat_interleave.Tensor: rows_of_bags,
         torch.ops.aten.repeat_interleave.self_Tensor: repeat_interleave,
         torch.ops.aten.bucketize.Tensor: bucketize,
+        torch.ops.aten.index_add.default: index_add,
     }
