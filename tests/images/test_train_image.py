@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,14 @@ def test_a_repo_trains_in_its_image_as_it_does_outside(
         assert ratio < 1.15
         assert {"torch", "torchrec", "fbgemm-gpu-cpu", "mlenv"} <= names
         reference = kept.reference
+        with Path("config.yaml").open("a") as config:
+            config.write("# one line more\n")
+        start = time.perf_counter()
+        assert main(["image", "build", "trainer", "--network", "none"]) == 0
+        seconds = time.perf_counter() - start
+        before, after = (engine.images.get(one).attrs["RootFS"]["Layers"] for one in (reference, capfd.readouterr().out.splitlines()[-1]))
+        assert before[:-1] == after[:-1]
+        assert seconds < 20, f"a changed line took {seconds:.1f} s"
         engine.api.prune_builds()  # room for a second copy of everything
         outside = ["train", "config.yaml", "output=work/outside"]
         subprocess.run([sys.executable, "-m", "mlenv", *outside], check=True)
