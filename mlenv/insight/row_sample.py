@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
 
-from mlenv.batch import START, Batch, SparseFeatures
+from mlenv.batch import START, Batch
 from mlenv.datasets.parquet_source import ParquetSource
+from mlenv.inference.batch_rows import join_bags, side_by_side, starts_of, take_bags
 from mlenv.schema import Schema
 
 
@@ -25,8 +25,8 @@ class RowSample:
     def __init__(self, batches: Sequence[Batch], schema: Schema) -> None:
         self.schema = schema
         keys = range(len(schema.sparse_keys))
-        self._bags = [_joined([batch.sparse.select(key, key + 1) for batch in batches]) for key in keys]
-        self._starts = [part.lengths.long().cumsum(0) - part.lengths for part in self._bags]
+        self._bags = [join_bags([batch.sparse.select(key, key + 1) for batch in batches]) for key in keys]
+        self._starts = [starts_of(part) for part in self._bags]
         self.dense = torch.cat([batch.dense for batch in batches])
         self.labels = torch.cat([batch.labels for batch in batches])
         self.weights = torch.cat([batch.weights for batch in batches])
@@ -45,7 +45,7 @@ class RowSample:
         """
         others = rows if others is None else others
         bags = [
-            _taken(part, starts, others if key.feature in features else rows)
+            take_bags(part, others if key.feature in features else rows, starts)
             for key, part, starts in zip(self.schema.sparse_keys, self._bags, self._starts, strict=True)
         ]
         dense = self.dense[rows]
@@ -55,7 +55,7 @@ class RowSample:
         metadata = None
         if self.metadata is not None:
             metadata = pa.RecordBatch.from_struct_array(self.metadata.take(pa.array(rows.numpy())).to_struct_array().combine_chunks())
-        return Batch(_side_by_side(bags), dense, self.labels[rows], self.weights[rows], START, metadata)
+        return Batch(side_by_side(bags), dense, self.labels[rows], self.weights[rows], START, metadata)
 
     def batches(self, batch_size: int, features: Collection[str] = (), order: Tensor | None = None) -> Iterator[Batch]:
         """All rows, some at a time; with an order, ``(rows,)``, each has the features of another row."""
@@ -83,32 +83,3 @@ def read_sample(source: ParquetSource, num_rows: int, seed: int = 0) -> RowSampl
         elif len(mine):
             parts.append(RowSample([batch], source.schema).take(torch.from_numpy(mine)))
     return RowSample(parts, source.schema)
-
-
-def _taken(part: SparseFeatures, starts: Tensor, rows: Tensor) -> SparseFeatures:
-    """Bags of one key."""
-    lengths = part.lengths[rows]
-    ends = lengths.long().cumsum(0)
-    total = int(ends[-1]) if len(ends) else 0
-    places = torch.arange(total) + torch.repeat_interleave(starts[rows] - (ends - lengths), lengths.long(), output_size=total)
-    weights = None if part.weights is None else part.weights[places]
-    return SparseFeatures(part.keys, part.values[places], lengths, (total,), weights)
-
-
-def _joined(parts: Sequence[SparseFeatures]) -> SparseFeatures:
-    """Bags of one key, those of each part behind those of the one before."""
-    one = _side_by_side(parts)
-    return replace(one, keys=parts[0].keys, value_counts=(len(one.values),))
-
-
-def _side_by_side(parts: Sequence[SparseFeatures]) -> SparseFeatures:
-    """One key behind another."""
-    none = torch.zeros(0, dtype=torch.int64)
-    weights = [part.weights for part in parts if part.weights is not None]
-    return SparseFeatures(
-        tuple(key for part in parts for key in part.keys),
-        torch.cat([part.values for part in parts]) if parts else none,
-        torch.cat([part.lengths for part in parts]) if parts else none.int(),
-        tuple(count for part in parts for count in part.value_counts),
-        torch.cat(weights) if weights else None,
-    )

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mlenv.batch import Batch, SparseFeatures
 from mlenv.datasets.encoding import encode_missing
+from mlenv.inference.batch_rows import side_by_side
 from mlenv.schema import Schema
 
 
@@ -42,16 +43,11 @@ class MissingFeatures:
 
     def _sparse(self, sparse: SparseFeatures, features: Collection[str], rows: Tensor) -> SparseFeatures:
         parts = [sparse.select(place, place + 1) for place in range(len(sparse.keys))]
-        parts = [
-            _without(part, rows, self._ids) if key.feature in features else part
-            for key, part in zip(self._schema.sparse_keys, parts, strict=True)
-        ]
-        return SparseFeatures(
-            sparse.keys,
-            torch.cat([part.values for part in parts]) if parts else sparse.values,
-            torch.cat([part.lengths for part in parts]) if parts else sparse.lengths,
-            tuple(part.value_counts[0] for part in parts),
-            None if sparse.weights is None else torch.cat([part.weights for part in parts if part.weights is not None]),
+        return side_by_side(
+            [
+                _without(part, rows, self._ids) if key.feature in features else part
+                for key, part in zip(self._schema.sparse_keys, parts, strict=True)
+            ]
         )
 
 

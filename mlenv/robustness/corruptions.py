@@ -15,8 +15,8 @@ from torch import Tensor
 
 from mlenv.batch import Batch
 from mlenv.datasets.times import microseconds
+from mlenv.inference.batch_rows import borrow_features
 from mlenv.models.missing_features import MissingFeatures
-from mlenv.robustness.batch_rows import borrow_features
 from mlenv.schema import Categorical, DenseVector, Numeric, Schema, Weighted
 
 Corruption = Literal["missing", "stale", "other", "scaled", "negated"]

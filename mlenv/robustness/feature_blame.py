@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from mlenv.batch import Batch
+from mlenv.inference.batch_rows import borrow_features
 from mlenv.inference.stored_scorer import StoredScorer
-from mlenv.robustness.batch_rows import borrow_features
 from mlenv.robustness.score_parity import PairedScores
 
 _CHUNK: Final = 8192

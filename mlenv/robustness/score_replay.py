@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 from mlenv.datasets.times import check_time, microseconds
 from mlenv.errors import ConfigError, DataError, check_above, check_at_least, nearest
+from mlenv.inference.batch_rows import join_batches, take_rows
 from mlenv.inference.stored_scorer import HeldOut, StoredScorer
 from mlenv.pages.page import write_whole
-from mlenv.robustness.batch_rows import join_batches, take_rows
 from mlenv.robustness.feature_blame import Blame, blame_features
 from mlenv.robustness.logged_features import columns_of_features, encode_logged, logged_features
 from mlenv.robustness.parquet_log import KeyColumn, KeyTable, ParquetLog, common_rows, read_keys

@@ -22,11 +22,11 @@ from mlenv.datasets.encoded_rows import tell_apart
 from mlenv.datasets.parquet_source import NoFilesError
 from mlenv.datasets.times import check_time
 from mlenv.errors import ConfigError, check_at_least, nearest
+from mlenv.inference.batch_rows import join_batches
 from mlenv.inference.stored_scorer import HeldOut, StoredScorer
 from mlenv.models.bootstrap import Ints, TaskRows, resample, spread
 from mlenv.models.missing_features import feature_groups
 from mlenv.pages.page import write_whole
-from mlenv.robustness.batch_rows import join_batches
 from mlenv.robustness.corruptions import Corruption, Corruptions, HeldRows, busiest_hours, draw_rows, entity_columns, find_day_before
 from mlenv.schema import Schema
 

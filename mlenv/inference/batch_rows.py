@@ -17,11 +17,11 @@ def join_batches(batches: Sequence[Batch]) -> Batch:
     """Rows of several batches one after the other, as one batch with the position of the last."""
     first, *_ = batches
     places = range(len(first.sparse.keys))
-    parts = [_joined([batch.sparse.select(place, place + 1) for batch in batches]) for place in places]
+    parts = [join_bags([batch.sparse.select(place, place + 1) for batch in batches]) for place in places]
     metadata = [batch.metadata for batch in batches if batch.metadata is not None]
     return replace(
         batches[-1],
-        sparse=_assembled(first.sparse, parts),
+        sparse=side_by_side(parts),
         dense=torch.cat([batch.dense for batch in batches]),
         labels=torch.cat([batch.labels for batch in batches]),
         weights=torch.cat([batch.weights for batch in batches]),
@@ -33,10 +33,10 @@ def join_batches(batches: Sequence[Batch]) -> Batch:
 
 def take_rows(batch: Batch, order: Tensor) -> Batch:
     """Rows of a batch in another order, each as often as it is named."""
-    parts = [_taken(batch.sparse.select(place, place + 1), order) for place in range(len(batch.sparse.keys))]
+    parts = [take_bags(batch.sparse.select(place, place + 1), order) for place in range(len(batch.sparse.keys))]
     return replace(
         batch,
-        sparse=_assembled(batch.sparse, parts),
+        sparse=side_by_side(parts),
         dense=batch.dense[order],
         labels=batch.labels[order],
         weights=batch.weights[order],
@@ -61,42 +61,48 @@ def borrow_features(schema: Schema, batch: Batch, lender: Batch, features: Colle
     for place, key in enumerate(schema.sparse_keys):
         part = batch.sparse.select(place, place + 1)
         if key.feature in features:
-            part = _taken(_joined([part, lender.sparse.select(place, place + 1)]), order)
+            part = take_bags(join_bags([part, lender.sparse.select(place, place + 1)]), order)
         parts.append(part)
     is_borrowed = torch.zeros(schema.num_dense, dtype=torch.bool)
     for column in schema.dense_columns:
         is_borrowed[column.start : column.start + column.width] = column.name in features
     dense = torch.where(is_borrowed & borrows[:, None], lender.dense[rows.clamp(min=0)], batch.dense)
-    return replace(batch, sparse=_assembled(batch.sparse, parts), dense=dense)
+    return replace(batch, sparse=side_by_side(parts), dense=dense)
 
 
-def _joined(parts: Sequence[SparseFeatures]) -> SparseFeatures:
-    """Bags of one key, one piece after the other."""
-    values = torch.cat([part.values for part in parts])
-    weights = [part.weights for part in parts if part.weights is not None]
-    lengths = torch.cat([part.lengths for part in parts])
-    return SparseFeatures(parts[0].keys, values, lengths, (len(values),), torch.cat(weights) if weights else None)
+def join_bags(parts: Sequence[SparseFeatures]) -> SparseFeatures:
+    """Bags of one key, those of each part behind those of the one before."""
+    one = side_by_side(parts)
+    return replace(one, keys=parts[0].keys, value_counts=(len(one.values),))
 
 
-def _taken(part: SparseFeatures, order: Tensor) -> SparseFeatures:
-    """Bags of one key in another order, each as often as it is named."""
-    all_lengths = part.lengths.long()
-    starts, lengths = (torch.cumsum(all_lengths, 0) - all_lengths)[order], all_lengths[order]
+def take_bags(part: SparseFeatures, order: Tensor, starts: Tensor | None = None) -> SparseFeatures:
+    """Bags of one key in another order, each as often as it is named.
+
+    Args:
+        starts: what ``starts_of`` says of the part, where it is asked again and again.
+    """
+    starts, lengths = (starts_of(part) if starts is None else starts)[order], part.lengths[order].long()
     starts_taken = torch.cumsum(lengths, 0) - lengths
     places = torch.arange(int(lengths.sum())) + torch.repeat_interleave(starts - starts_taken, lengths)
     weights = None if part.weights is None else part.weights[places]
     return SparseFeatures(part.keys, part.values[places], part.lengths[order], (len(places),), weights)
 
 
-def _assembled(like: SparseFeatures, parts: Sequence[SparseFeatures]) -> SparseFeatures:
-    """Keys one after the other again."""
-    if not parts:
-        return like
+def starts_of(part: SparseFeatures) -> Tensor:
+    """Where each bag of one key begins among the values."""
+    lengths = part.lengths.long()
+    return torch.cumsum(lengths, 0) - lengths
+
+
+def side_by_side(parts: Sequence[SparseFeatures]) -> SparseFeatures:
+    """One key behind another."""
+    none = torch.zeros(0, dtype=torch.int64)
     weights = [part.weights for part in parts if part.weights is not None]
     return SparseFeatures(
-        like.keys,
-        torch.cat([part.values for part in parts]),
-        torch.cat([part.lengths for part in parts]),
-        tuple(part.value_counts[0] for part in parts),
+        tuple(key for part in parts for key in part.keys),
+        torch.cat([part.values for part in parts]) if parts else none,
+        torch.cat([part.lengths for part in parts]) if parts else none.int(),
+        tuple(count for part in parts for count in part.value_counts),
         torch.cat(weights) if weights else None,
     )

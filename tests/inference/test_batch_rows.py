@@ -14,7 +14,7 @@ from mlenv import compose
 from mlenv.batch import START, Batch
 from mlenv.datasets.encoded_rows import to_batch
 from mlenv.datasets.encoding import encode
-from mlenv.robustness.batch_rows import borrow_features, join_batches, take_rows
+from mlenv.inference.batch_rows import borrow_features, join_batches, take_rows
 from mlenv.schema import Schema
 from tests.conftest import ROOT
 
